@@ -1,0 +1,475 @@
+"""HyperAdaLoRA as one torch optimizer over a model with plain PEFT LoRA layers (arXiv 2510.02630, 2303.10512).
+
+The model computes ordinary LoRA, ``scale · B A x``. The optimizer owns P, λ, Q, writes ``A = diag(λ·mask) Q`` and ``B = P``,
+and in :meth:`HyperAdaLoRA.step` does the rest: factor gradients, importance, orthogonality, pruning, the second stage of the
+backward pass through the hypernetworks, their AdamW step and the next P, λ, Q. Forward and backward therefore cost what
+LoRA's cost, and no training loop has to know about any of it.
+
+Shape legend: M modules, m modules of one shape class, r directions (initial rank), i input and o output dimensions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hyperlora import orthogonality
+from hyperlora.factors import FactorLayout, Factors, adapted_modules
+from hyperlora.hypernetworks import HypernetworkSpec
+from hyperlora.pruning import BudgetPlan, Pruning, Smoothed, prune_to
+from hyperlora.update_rules import (
+    Adam,
+    AdamSettings,
+    DirectFactors,
+    FactorSource,
+    GeneratedFactors,
+    LearningRates,
+    UpdateRule,
+    build_networks,
+    copy_state,
+)
+
+Initialization = Literal["orthonormal", "gaussian"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one method name stands for: the factors it has and where they come from.
+
+    Attributes:
+        singular_values: P, λ, Q with pruning and penalty (AdaLoRA), or B, A alone (LoRA).
+        hypernetwork: the factors are generated instead of optimized directly.
+        dora: PEFT's weight-decomposed layers; the magnitudes are optimized directly (arXiv 2402.09353).
+        truncated: each step trains a random number of leading directions (DyLoRA, arXiv 2210.07558).
+    """
+
+    singular_values: bool = False
+    hypernetwork: bool = False
+    dora: bool = False
+    truncated: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method(),
+    "dora": Method(dora=True),
+    "dylora": Method(truncated=True),
+    "adalora": Method(singular_values=True),
+    "hyperlora": Method(hypernetwork=True),
+    "hyperdora": Method(hypernetwork=True, dora=True),
+    "hyperdylora": Method(hypernetwork=True, truncated=True),
+    "hyperadalora": Method(singular_values=True, hypernetwork=True),
+}
+
+
+class HyperAdaLoRA(torch.optim.Optimizer):
+    """Optimizer of the adapters (and of every other trainable parameter) of a PEFT LoRA model.
+
+    Parameter groups, in order: ``factors`` (lora_A and lora_B; its rate drives direct factors), ``hypernetwork_trunk``,
+    ``hypernetwork_output``, and ``other`` (trainable parameters outside the LoRA pairs, such as a classification head or
+    DoRA's magnitudes, under plain AdamW). A scheduler scales all of them.
+
+    Args:
+        model: a PEFT model with LoRA layers of one initial rank, on its final device.
+        lr: of direct factors (``lora``, ``dora``, ``dylora``, ``adalora``, and the direct part of ``hybrid``).
+        method: a key of :data:`METHODS`.
+        trunk_lr: of the hypernetworks without their output maps; ``None`` takes ``lr``.
+        output_lr: of the output maps; ``None`` takes ``lr``.
+        other_lr: of all other trainable parameters; ``None`` takes ``lr``.
+        total_steps: T, optimizer steps of the whole run; needed when ranks are to fall.
+        target_rank: mean rank over the modules at the end; ``None`` keeps the initial rank.
+        pruning: schedule and score; used by methods with singular values.
+        gamma: weight of the orthogonality penalty in the training objective; it is in no reported loss.
+        hypernetwork: kind and size.
+        update_rule: how outputs become factors.
+        adam: constants of AdamW.
+        initialization: of P and Q: ``orthonormal`` directions, or ``gaussian`` entries of std 0.02 (PEFT's AdaLoRA).
+            λ starts at zero. Methods without λ start from the values that PEFT gave A and B.
+        max_grad_norm: clip the averaged gradient of A, B and other parameters to this norm; ``None`` does not.
+        seed: of factors, hypernetworks and truncation.
+        process_group: average gradients over it in one all-reduce per step; ``None`` leaves that to the caller (DDP).
+        adapter_name: of the PEFT adapter.
+
+    Raises:
+        ValueError: an unknown method, a model without suitable LoRA layers, a budget that cannot be reached, or a rank
+            budget without ``total_steps``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 3e-3,
+        *,
+        method: str = "hyperadalora",
+        trunk_lr: float | None = None,
+        output_lr: float | None = None,
+        other_lr: float | None = None,
+        total_steps: int | None = None,
+        target_rank: float | None = None,
+        pruning: Pruning | None = None,
+        gamma: float = 0.1,
+        hypernetwork: HypernetworkSpec | None = None,
+        update_rule: UpdateRule | None = None,
+        adam: AdamSettings | None = None,
+        initialization: Initialization = "orthonormal",
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+        adapter_name: str = "default",
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
+        self.method = METHODS[method]
+        self.method_name = method
+        modules = adapted_modules(model, adapter_name)
+        self.layout = FactorLayout(modules)
+        self._adam_settings = adam or AdamSettings()
+        self._gamma = gamma if self.method.singular_values else 0.0
+        self._max_grad_norm = max_grad_norm
+        self._seed = seed
+        self._process_group = process_group
+
+        device = modules[0].a.device
+        dtype = modules[0].a.dtype if modules[0].a.dtype.itemsize >= 4 else torch.float32
+        count, rank = len(modules), self.layout.rank
+        self.steps_done = 0
+        self.mask = torch.ones(count, rank, dtype=torch.bool, device=device)
+        self.plan = self._plan(pruning or Pruning(), count * rank, target_rank, total_steps)
+        self.live = count * rank
+
+        initial = self._initial_factors(initialization, dtype)
+        self.source: FactorSource
+        if self.method.hypernetwork:
+            rule = update_rule or UpdateRule()
+            networks = build_networks(
+                self.layout,
+                hypernetwork or HypernetworkSpec(),
+                singular_values=self.method.singular_values,
+                rule=rule,
+                seed=seed,
+            )
+            self.source = GeneratedFactors(initial, networks, rule, self._adam_settings, self._live_tokens())
+        else:
+            self.source = DirectFactors(initial, self._adam_settings)
+
+        owned = {id(p) for m in modules for p in (m.a, m.b)}
+        self._other = [p for p in model.parameters() if p.requires_grad and id(p) not in owned]
+        self._adam_other = Adam([p.detach() for p in self._other], self._adam_settings)
+        self._allocate_gradients(dtype, device)
+        self._smoothed = self._build_smoothed()
+
+        rate = {"trunk": trunk_lr, "output": output_lr, "other": other_lr}
+        generated = self.source if isinstance(self.source, GeneratedFactors) else None
+        groups: list[dict[str, Any]] = [
+            {"params": [p for m in modules for p in (m.a, m.b)], "lr": lr, "name": "factors"},
+            {
+                "params": generated.networks.trunk_parameters() if generated else [],
+                "lr": lr if rate["trunk"] is None else rate["trunk"],
+                "name": "hypernetwork_trunk",
+            },
+            {
+                "params": generated.networks.output_parameters() if generated else [],
+                "lr": lr if rate["output"] is None else rate["output"],
+                "name": "hypernetwork_output",
+            },
+            {"params": self._other, "lr": lr if rate["other"] is None else rate["other"], "name": "other"},
+        ]
+        super().__init__(groups, {"lr": lr})
+        #: Device tensors of the last step: loss-like ``metrics`` averaged over workers, ``grad_norm``, ``found_inf``,
+        #: ``penalty`` and ``importance`` (M, r). Read them when a host synchronisation does not hurt.
+        self.stats: dict[str, Tensor] = {}
+        self._full_rank_written = True
+        self._install_hooks(model)
+        self._write()
+
+    # ---------------------------------------------------------------- construction
+
+    def _plan(self, pruning: Pruning, initial: int, target_rank: float | None, total: int | None) -> BudgetPlan:
+        modules = len(self.layout.modules)
+        if not self.method.singular_values or target_rank is None:
+            return BudgetPlan(Pruning(schedule="none"), initial, initial, 0)
+        if total is None:
+            raise ValueError("target_rank needs total_steps: the pruning schedule ends relative to it")
+        return BudgetPlan(pruning, initial, round(target_rank * modules), total)
+
+    def _initial_factors(self, initialization: Initialization, dtype: torch.dtype) -> Factors:
+        rng = torch.Generator().manual_seed(self._seed)
+        outputs, inputs = self.layout.outputs, self.layout.inputs
+        if not self.method.singular_values:
+            # The buffers hold PEFT's own initialisation; direct factors live in them, without a copy.
+            alias = not self.method.hypernetwork and dtype == outputs[0].buffer.dtype
+            p = [c.buffer if alias else c.buffer.to(dtype, copy=True) for c in outputs]
+            q = [c.buffer if alias and not self.method.truncated else c.buffer.to(dtype, copy=True) for c in inputs]
+            return Factors(p, None, q)
+
+        def directions(members: int, dim: int, device: torch.device) -> Tensor:
+            normal = torch.empty(members, dim, self.layout.rank).normal_(generator=rng)
+            start = torch.linalg.qr(normal).Q if initialization == "orthonormal" else normal * 0.02
+            return start.to(device=device, dtype=dtype)
+
+        p = [directions(len(c.members), c.dim, c.buffer.device) for c in outputs]
+        q = [directions(len(c.members), c.dim, c.buffer.device).transpose(1, 2).contiguous() for c in inputs]
+        return Factors(p, torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device), q)
+
+    def _allocate_gradients(self, dtype: torch.dtype, device: torch.device) -> None:
+        """One flat buffer: B by class, A by class, other parameters, and room for the caller's metrics."""
+        self._metric_slots = 4
+        tensors = [c.buffer for c in [*self.layout.outputs, *self.layout.inputs]] + list(self._adam_other._tensors)
+        sizes = [t.numel() for t in tensors]
+        self._flat = torch.zeros(sum(sizes) + self._metric_slots, dtype=dtype, device=device)
+        pieces = self._flat[: sum(sizes)].split(sizes)
+        views = [piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)]
+        n = len(self.layout.outputs)
+        k = len(self.layout.classes)
+        self._grad_b, self._grad_a, self._grad_other = views[:n], views[n:k], views[k:]
+
+    def _build_smoothed(self) -> Smoothed | None:
+        self._score = self._pruning_score()
+        if self._score == "sensitivity":
+            return None
+        factors = self.source.factors
+        assert factors.lam is not None
+        followed = [factors.lam] if self._score == "smoothed" else factors.tensors()
+        return Smoothed(followed, self._pruning.beta1, self._pruning.beta2)
+
+    def _pruning_score(self) -> str:
+        self._pruning = self.plan._pruning
+        return self._pruning.score if self.plan.events else "sensitivity"
+
+    def _install_hooks(self, model: nn.Module) -> None:
+        """DyLoRA trains truncated weights; evaluation and saving must see the full rank."""
+        if not self.method.truncated:
+            return
+
+        def match_mode(module: nn.Module, _inputs: Any) -> None:
+            if module.training == self._full_rank_written:
+                self._write(full_rank=not module.training)
+
+        def full_rank(_module: nn.Module, _prefix: str, _keep: bool) -> None:
+            self._write(full_rank=True)
+
+        inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        for module in {id(m): m for m in (model, inner)}.values():
+            module.register_forward_pre_hook(match_mode)
+            module.register_state_dict_pre_hook(full_rank)
+
+    # ---------------------------------------------------------------- the step
+
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, metrics: Tensor | None = None
+    ) -> float | None:
+        """One optimizer step from the gradients that the backward pass left on lora_A, lora_B and other parameters.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, as for any torch optimizer.
+            metrics: up to four numbers (1-d) that travel with the gradients: averaged over the workers into
+                ``stats["metrics"]``. If one of them or any gradient is not finite on any worker, the step changes
+                neither parameters nor moments, and ``stats["found_inf"]`` is 1.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            ValueError: more than four metrics.
+            RuntimeError: the model was moved to another device after the optimizer was built.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._step(metrics)
+        return loss
+
+    def _step(self, metrics: Tensor | None) -> None:
+        self._collect(metrics)
+        norm, found_inf = self._norm_and_clip()
+        factors = self.source.factors
+        written = self._truncation() if self.method.truncated else self.mask.to(self._flat.dtype)
+        gradients = self.layout.gradients(factors, written, self._grad_b, self._grad_a)
+        self.stats |= {"grad_norm": norm, "found_inf": found_inf}
+
+        if factors.lam is not None:
+            score = self._importance(factors, gradients)
+            self.stats["importance"] = score
+            if self._gamma:
+                self._add_penalty(factors, gradients)
+            self._prune(score)
+        elif self.method.truncated:
+            gradients = Factors(gradients.p, None, self._scale_rows(gradients.q, written))
+
+        factor_group, trunk_group, output_group, other_group = self.param_groups
+        rates = LearningRates(factor_group["lr"], trunk_group["lr"], output_group["lr"])
+        self.source.advance(gradients, rates, found_inf, self._live_tokens())
+        self._adam_other.step(self._grad_other, other_group["lr"], found_inf)
+        self.steps_done += 1
+        self._write()
+
+    def _collect(self, metrics: Tensor | None) -> None:
+        """Gradients of all parameters into the flat buffer, averaged over the process group."""
+        for shape_class, view in zip(self.layout.classes, [*self._grad_b, *self._grad_a], strict=True):
+            grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in shape_class.weights]
+            if view.dtype == grads[0].dtype:
+                torch.stack(grads, out=view)
+            else:
+                view.copy_(torch.stack(grads))
+        if self._other:
+            torch._foreach_copy_(
+                self._grad_other, [torch.zeros_like(p) if p.grad is None else p.grad for p in self._other]
+            )
+        if metrics is not None:
+            if metrics.numel() > self._metric_slots:
+                raise ValueError(f"at most {self._metric_slots} metrics travel with a step, got {metrics.numel()}")
+            self._flat[-self._metric_slots :][: metrics.numel()].copy_(metrics)
+        if self._process_group is not None:
+            dist.all_reduce(self._flat, group=self._process_group)
+            self._flat.div_(dist.get_world_size(self._process_group))
+        if metrics is not None:
+            self.stats["metrics"] = self._flat[-self._metric_slots :][: metrics.numel()].clone()
+
+    def _norm_and_clip(self) -> tuple[Tensor, Tensor]:
+        gradients = self._flat[: -self._metric_slots]
+        norm = torch.linalg.vector_norm(gradients)
+        finite = torch.isfinite(norm)
+        if "metrics" in self.stats:
+            finite = finite & torch.isfinite(self.stats["metrics"]).all()
+        if self._max_grad_norm is not None:
+            gradients.mul_((self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm, (~finite).to(torch.float32)
+
+    def _importance(self, factors: Factors, gradients: Factors) -> Tensor:
+        """Score (M, r) of every direction: |λ·∂L/∂λ|, its smoothed form, or AdaLoRA's over the triplet."""
+        assert factors.lam is not None
+        assert gradients.lam is not None
+        if self._smoothed is None:
+            return (factors.lam * gradients.lam).abs()
+        if self._score == "smoothed":
+            return self._smoothed.update([(factors.lam * gradients.lam).abs()])[0]
+        products = torch._foreach_mul(factors.tensors(), gradients.tensors())
+        torch._foreach_abs_(products)
+        smooth = factors.like(self._smoothed.update(list(products)))
+        assert smooth.lam is not None
+        score = smooth.lam
+        for shape_class, p in zip(self.layout.outputs, smooth.p, strict=True):
+            score.index_add_(0, shape_class.index, p.mean(1))
+        for shape_class, q in zip(self.layout.inputs, smooth.q, strict=True):
+            score.index_add_(0, shape_class.index, q.mean(2))
+        return score
+
+    def _add_penalty(self, factors: Factors, gradients: Factors) -> None:
+        """Add γ·∂R/∂P and γ·∂R/∂Q to the gradients of the loss."""
+        rows = [p.transpose(1, 2) for p in factors.p] + factors.q
+        live = self.mask.to(self._flat.dtype)
+        masks = [live.index_select(0, c.index) for c in self.layout.classes]
+        value, slopes = orthogonality.penalty(rows, masks, len(self.layout.modules))
+        slopes = [s.transpose(1, 2) if n < len(factors.p) else s for n, s in enumerate(slopes)]
+        torch._foreach_add_([*gradients.p, *gradients.q], slopes, alpha=self._gamma)
+        self.stats["penalty"] = value
+
+    def _prune(self, score: Tensor) -> None:
+        budget = self.plan.events.get(self.steps_done + 1)
+        if budget is not None:
+            self.mask.copy_(prune_to(self.mask, score, self.live, budget))
+            self.live = min(self.live, budget)
+
+    def _truncation(self) -> Tensor:
+        """DyLoRA's mask (M, r) of the step at hand: the first b directions, b uniform in 1..r."""
+        kept = random.Random(f"{self._seed}:{self.steps_done}").randint(1, self.layout.rank)
+        leading = torch.arange(self.layout.rank, device=self._flat.device) < kept
+        return leading.to(self._flat.dtype).expand(self.mask.shape)
+
+    def _scale_rows(self, rows: list[Tensor], gain: Tensor) -> list[Tensor]:
+        classes = zip(self.layout.inputs, rows, strict=True)
+        return [q * gain.index_select(0, c.index).unsqueeze(-1) for c, q in classes]
+
+    def _live_tokens(self) -> list[Tensor]:
+        """Live directions as the hypernetworks see them: P's classes, λ (M, r), Q's classes; (m, r) bool each."""
+        by_class = [self.mask.index_select(0, c.index) for c in self.layout.classes]
+        n = len(self.layout.outputs)
+        return [*by_class[:n], self.mask, *by_class[n:]]
+
+    @torch.no_grad()
+    def _write(self, full_rank: bool = False) -> None:
+        """Put the factors into lora_A and lora_B."""
+        for shape_class in self.layout.classes:
+            if not shape_class.attached():
+                if shape_class.weights[0].device != shape_class.buffer.device:
+                    raise RuntimeError(
+                        f"the model is on {shape_class.weights[0].device}, but the optimizer was built when it was on "
+                        f"{shape_class.buffer.device}: move the model first"
+                    )
+                shape_class.attach()
+        factors = self.source.factors
+        gain = None
+        if factors.lam is not None:
+            gain = factors.lam * self.mask
+        elif self.method.truncated and not full_rank:
+            gain = self._truncation()
+        self._full_rank_written = full_rank
+        self.layout.write(factors, gain)
+
+    # ---------------------------------------------------------------- what others ask
+
+    def ranks(self) -> dict[str, int]:
+        """Live rank of every adapted module by name (reads the mask back from the device)."""
+        counts = self.mask.sum(1).tolist()
+        return {m.name: int(n) for m, n in zip(self.layout.modules, counts, strict=True)}
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Numbers that AdamW moves: direct factors, hypernetworks, and other trainable parameters."""
+        return sum(t.numel() for t in self.source.optimized()) + sum(p.numel() for p in self._other)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state beside the weights that it optimizes: moments, importance, masks."""
+        return sum(
+            t.numel() * t.element_size()
+            for name, t in self._tensors().items()
+            if name.startswith(("adam.", "importance.", "mask"))
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name, live."""
+        named = {"mask": self.mask} | self.source.state() | self._adam_other.state("adam.other")
+        if self._smoothed is not None:
+            named |= {f"importance.mean.{n}": t for n, t in enumerate(self._smoothed.mean)}
+            named |= {f"importance.uncertainty.{n}": t for n, t in enumerate(self._smoothed.uncertainty)}
+        return named
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whole state: named tensors under ``state``, rates under ``param_groups``, the rest as plain numbers.
+
+        Other trainable parameters themselves (heads, magnitudes) belong to the model's state, as with any optimizer.
+        """
+        groups = [{k: v for k, v in g.items() if k != "params"} | {"params": []} for g in self.param_groups]
+        return {
+            "state": self._tensors(),
+            "param_groups": groups,
+            "method": self.method_name,
+            "steps_done": self.steps_done,
+            "live": self.live,
+            "modules": [m.name for m in self.layout.modules],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave and write the adapter weights.
+
+        Raises:
+            ValueError: the state is of another method, other modules or other shapes.
+        """
+        if state_dict["method"] != self.method_name:
+            raise ValueError(f"the state is of method {state_dict['method']!r}, this run's is {self.method_name!r}")
+        if list(state_dict["modules"]) != [m.name for m in self.layout.modules]:
+            raise ValueError("the state is of a model with other adapted modules")
+        copy_state(self._tensors(), state_dict["state"])
+        self.steps_done, self.live = int(state_dict["steps_done"]), int(state_dict["live"])
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+        self.source.restored(self._live_tokens())
+        self._write()

@@ -1,0 +1,156 @@
+"""Which singular values live: importance scores, budget schedules and exact masks.
+
+Sources: AdaLoRA (arXiv 2303.10512, eq. 8-12 for the smoothed score, section 3.3 for the cubic budget) and
+HyperAdaLoRA (arXiv 2510.02630) for the interval schedule with a fixed count.
+
+Shape legend: M adapted modules, r directions of each (the initial rank).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Schedule = Literal["interval", "cubic", "none"]
+Score = Literal["sensitivity", "smoothed", "adalora"]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """When and how far the rank budget falls.
+
+    Attributes:
+        schedule: ``interval`` zeroes ``count`` values at each event, ``cubic`` follows AdaLoRA's budget,
+            ``none`` never prunes.
+        interval: ΔT, optimizer steps between two events.
+        count: k, singular values zeroed per event over all modules; ``None`` takes the smallest k that reaches
+            the target at the last event.
+        start: t_init, optimizer steps before the first event.
+        final: t_final, optimizer steps after the last event.
+        score: ``sensitivity`` is |λ·∂L/∂λ| of the step at hand; ``smoothed`` the same with AdaLoRA's running mean
+            and uncertainty; ``adalora`` adds the mean smoothed sensitivity of the direction in P and Q.
+        beta1: decay of the running mean of the sensitivity.
+        beta2: decay of the running mean of its uncertainty.
+    """
+
+    schedule: Schedule = "interval"
+    interval: int = 10
+    count: int | None = None
+    start: int = 0
+    final: int = 0
+    score: Score = "smoothed"
+    beta1: float = 0.85
+    beta2: float = 0.85
+
+
+class BudgetPlan:
+    """The number of live singular values after each optimizer step; known on the host before training starts.
+
+    Args:
+        pruning: the schedule.
+        initial: M·r, the live singular values at the start.
+        target: the live singular values at the end.
+        total_steps: T, optimizer steps of the run.
+
+    Raises:
+        ValueError: the target lies outside 0..initial, no event fits between ``start`` and T - ``final``, or
+            ``count`` per event cannot reach the target.
+    """
+
+    def __init__(self, pruning: Pruning, initial: int, target: int, total_steps: int) -> None:
+        if not 0 <= target <= initial:
+            raise ValueError(f"target budget {target} is outside 0..{initial}, the initial budget")
+        self.initial, self.target = initial, target
+        self._pruning = pruning
+        self._last = total_steps - pruning.final
+        self.events: dict[int, int] = {}
+        if pruning.schedule == "none" or target == initial:
+            self.target = initial
+            return
+        steps = list(range(max(pruning.start, 1), self._last + 1, pruning.interval))
+        if not steps:
+            raise ValueError(
+                f"no pruning event fits: start={pruning.start}, final={pruning.final} and interval="
+                f"{pruning.interval} leave none within {total_steps} steps"
+            )
+        if pruning.schedule == "interval":
+            self._plan_interval(steps)
+        else:
+            self._plan_cubic(steps)
+
+    def _plan_interval(self, steps: list[int]) -> None:
+        excess = self.initial - self.target
+        count = self._pruning.count
+        if count is None:
+            count = -(-excess // len(steps))
+        elif count * len(steps) < excess:
+            raise ValueError(
+                f"count={count} over {len(steps)} events zeroes {count * len(steps)} singular values, but "
+                f"{excess} must go to reach the target budget {self.target} from {self.initial}: "
+                f"use count >= {-(-excess // len(steps))}, a shorter interval, or a higher target"
+            )
+        budget = self.initial
+        for step in steps:
+            if budget == self.target or count == 0:
+                break
+            budget = max(self.target, budget - count)
+            self.events[step] = budget
+
+    def _plan_cubic(self, steps: list[int]) -> None:
+        # The last event lands on T - t_final exactly, so that the target is reached whatever ΔT is.
+        start, span = steps[0], max(self._last - steps[0], 1)
+        for step in sorted({*steps, self._last}):
+            left = (1 - (step - start) / span) ** 3 if step < self._last else 0.0
+            self.events[step] = self.target + round((self.initial - self.target) * left)
+
+    def budget(self, step: int) -> int:
+        """Live singular values after optimizer step ``step`` (1-based; 0 is the start)."""
+        past = [s for s in self.events if s <= step]
+        return self.events[max(past)] if past else self.initial
+
+
+def prune_to(mask: Tensor, score: Tensor, live: int, budget: int) -> Tensor:
+    """Zero the ``live - budget`` smallest scores among the live directions of all modules.
+
+    Ties: of equal scores the direction with the higher index goes first, then the module with the lower index,
+    so that a tie over everything thins all modules evenly instead of emptying the first ones.
+
+    Args:
+        mask: live directions, (M, r), bool.
+        score: importance, (M, r).
+        live: how many directions of ``mask`` are live (the host knows; nothing is read back from the device).
+        budget: how many may stay.
+
+    Returns:
+        The new mask, (M, r); the same tensor when ``budget >= live``.
+    """
+    if budget >= live:
+        return mask
+    ranked = score.masked_fill(~mask, float("inf")).flip(1).t().reshape(-1)
+    drop = torch.sort(ranked, stable=True).indices[: live - budget]
+    flat = mask.flip(1).t().reshape(-1).clone()
+    flat[drop] = False
+    return flat.reshape(mask.shape[1], mask.shape[0]).t().flip(1).contiguous()
+
+
+class Smoothed:
+    """AdaLoRA's smoothed sensitivity: running mean Ī times running uncertainty Ū (arXiv 2303.10512, eq. 9-11).
+
+    The state is plain tensors, one pair for each tensor it follows, and belongs in every checkpoint.
+    """
+
+    def __init__(self, like: list[Tensor], beta1: float, beta2: float) -> None:
+        self.beta1, self.beta2 = beta1, beta2
+        self.mean = [torch.zeros_like(t) for t in like]
+        self.uncertainty = [torch.zeros_like(t) for t in like]
+
+    def update(self, sensitivity: list[Tensor]) -> list[Tensor]:
+        """Take in |θ·∂L/∂θ| of one step; returns Ī·Ū of each tensor."""
+        torch._foreach_lerp_(self.mean, sensitivity, 1 - self.beta1)
+        deviation = torch._foreach_sub(sensitivity, self.mean)
+        torch._foreach_abs_(deviation)
+        torch._foreach_lerp_(self.uncertainty, deviation, 1 - self.beta2)
+        return list(torch._foreach_mul(self.mean, self.uncertainty))

@@ -1,0 +1,288 @@
+"""Where P, λ, Q come from: direct parameters, or hypernetworks under one of six update rules.
+
+With H the hypernetworks, θ the factors, D direct parameters and a a scale, θ_{i+1} is
+
+    generate     H(θ_i)                      HyperAdaLoRA's text (arXiv 2510.02630, eq. 5-7) taken literally
+    residual     θ_i + a·H(θ_i)
+    friction     the same, and the output maps decay by 1 - μ after each step: with linear output maps the residual
+                 rule integrates the gradient twice, which is momentum without friction
+    anchored     θ_0 + a·H(θ_0)              a pure reparametrisation
+    reanchored   anchored, with θ_0 := θ_i and the output maps at zero every K steps
+    hybrid       D + a·H(θ_0)
+
+Only the parameters Φ of H, and D, are optimized. The graph of the last generation is kept until the gradients of θ
+arrive: that is the second stage of the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from hyperlora.factors import FactorLayout, Factors
+from hyperlora.hypernetworks import HypernetworkSpec, HypernetworkTriple
+
+Rule = Literal["generate", "residual", "friction", "anchored", "reanchored", "hybrid"]
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """The rule and its constants.
+
+    Attributes:
+        name: see the module's docstring.
+        scale: a.
+        friction: μ, for ``friction`` only: momentum is 1 - μ.
+        reanchor_every: K, in optimizer steps, for ``reanchored`` only.
+    """
+
+    name: Rule = "hybrid"
+    scale: float = 1.0
+    friction: float = 0.1
+    reanchor_every: int = 50
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """Constants of AdamW (arXiv 1711.05101)."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+class Adam:
+    """AdamW over a list of tensors as one fused kernel; skips its step on the device when ``found_inf`` is 1."""
+
+    def __init__(self, tensors: list[Tensor], settings: AdamSettings) -> None:
+        self._tensors, self._settings = tensors, settings
+        self._mean = [torch.zeros_like(t) for t in tensors]
+        self._square = [torch.zeros_like(t) for t in tensors]
+        self._steps = [torch.zeros((), dtype=torch.float32, device=t.device) for t in tensors]
+
+    def step(self, gradients: list[Tensor], lr: float, found_inf: Tensor) -> None:
+        if not self._tensors:
+            return
+        beta1, beta2 = self._settings.betas
+        adamw(
+            self._tensors,
+            gradients,
+            self._mean,
+            self._square,
+            [],
+            self._steps,
+            fused=True,
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=self._settings.weight_decay,
+            eps=self._settings.eps,
+            maximize=False,
+        )
+
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        """Named moments and step counts, the tensors themselves."""
+        named = {"mean": self._mean, "square": self._square, "steps": self._steps}
+        return {f"{prefix}.{key}.{n}": t for key, tensors in named.items() for n, t in enumerate(tensors)}
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Learning rates of one step: factors (direct parameters), hypernetwork trunk, output maps."""
+
+    factors: float
+    trunk: float
+    output: float
+
+
+class FactorSource(Protocol):
+    """What the optimizer asks of direct and generated factors alike."""
+
+    factors: Factors
+
+    def advance(self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor]) -> None:
+        """Take the gradients of the factors, update what is optimized, and set the next ``factors``."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that a checkpoint needs, by name."""
+
+    def restored(self, live: list[Tensor]) -> None:
+        """Called after values were copied into the tensors of :meth:`state`."""
+
+    def optimized(self) -> Iterable[Tensor]:
+        """The tensors that carry optimizer state."""
+
+
+class DirectFactors:
+    """AdamW on P, λ, Q themselves: AdaLoRA's own parametrisation, and LoRA's when there is no λ."""
+
+    def __init__(self, initial: Factors, settings: AdamSettings) -> None:
+        self.factors = initial
+        self._adam = Adam(initial.tensors(), settings)
+
+    def advance(self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor]) -> None:
+        self._adam.step(gradients.tensors(), rates.factors, found_inf)
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"factors.{n}": t for n, t in enumerate(self.factors.tensors())} | self._adam.state("adam.factors")
+
+    def restored(self, live: list[Tensor]) -> None:
+        pass
+
+    def optimized(self) -> Iterable[Tensor]:
+        return self.factors.tensors()
+
+
+class GeneratedFactors:
+    """Hypernetworks generate P, λ, Q; AdamW runs on their parameters (and on D under ``hybrid``)."""
+
+    def __init__(
+        self,
+        initial: Factors,
+        networks: HypernetworkTriple,
+        rule: UpdateRule,
+        settings: AdamSettings,
+        live: list[Tensor],
+    ) -> None:
+        self.networks, self.rule = networks, rule
+        self._trunk: list[Tensor] = [*networks.trunk_parameters()]
+        self._output: list[Tensor] = [*networks.output_parameters()]
+        # Token input of H, and the additive part θ_i, θ_0 or D.
+        self._input = initial.like([t.clone() for t in initial.tensors()])
+        self._base = initial.like([t.clone() for t in initial.tensors()])
+        self._adam_trunk = Adam(self._trunk, settings)
+        self._adam_output = Adam(self._output, settings)
+        self._adam_base = Adam(self._base.tensors() if rule.name == "hybrid" else [], settings)
+        self._step = torch.zeros((), dtype=torch.int64)
+        self._generate(live)
+
+    def _generate(self, live: list[Tensor]) -> None:
+        """Run H on the current input and keep its graph."""
+        outputs, inputs = len(self._input.p), self._input
+        with torch.enable_grad():
+            generated = self.networks.p([t.transpose(1, 2) for t in inputs.p], live[:outputs])
+            self._generated = [t.transpose(1, 2) for t in generated]
+            if inputs.lam is not None:
+                assert self.networks.lam is not None
+                self._generated += [self.networks.lam([inputs.lam.unsqueeze(-1)], [live[outputs]])[0].squeeze(-1)]
+            self._generated += self.networks.q(inputs.q, live[outputs + 1 :])
+        values = [t.detach() for t in self._generated]
+        if self.rule.name != "generate":
+            values = list(torch._foreach_add(self._base.tensors(), values, alpha=self.rule.scale))
+        self.factors = inputs.like([v.contiguous() for v in values])
+
+    def generated(self) -> list[Tensor]:
+        """The factors with the graph to Φ attached, in the order of ``Factors.tensors``."""
+        if self.rule.name == "generate":
+            return self._generated
+        pairs = zip(self._base.tensors(), self._generated, strict=True)
+        return [base + self.rule.scale * out for base, out in pairs]
+
+    def gradients(self, gradients: Factors) -> list[Tensor]:
+        """Second stage: ∂L/∂Φ from the gradients of the factors, trunk first, then output maps."""
+        scale = 1.0 if self.rule.name == "generate" else self.rule.scale
+        weighted = list(torch._foreach_mul(gradients.tensors(), scale))
+        return list(torch.autograd.grad(self._generated, [*self._trunk, *self._output], weighted))
+
+    def advance(self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor]) -> None:
+        phi = self.gradients(gradients)
+        self._adam_trunk.step(phi[: len(self._trunk)], rates.trunk, found_inf)
+        self._adam_output.step(phi[len(self._trunk) :], rates.output, found_inf)
+        name = self.rule.name
+        self._step += 1
+        if name == "hybrid":
+            self._adam_base.step(gradients.tensors(), rates.factors, found_inf)
+        elif name == "generate":
+            self._keep(self._input, found_inf)
+        elif name in ("residual", "friction"):
+            self._keep(self._input, found_inf)
+            self._keep(self._base, found_inf)
+            if name == "friction":
+                with torch.no_grad():
+                    torch._foreach_mul_(self._output, 1 - self.rule.friction)
+        elif name == "reanchored" and int(self._step) % self.rule.reanchor_every == 0:
+            # With the new Φ first, so that the step just taken is not lost with the output maps.
+            self._generate(live)
+            self._keep(self._input, found_inf)
+            self._keep(self._base, found_inf)
+            with torch.no_grad():
+                torch._foreach_zero_(self._output)
+        self._generate(live)
+
+    def _keep(self, target: Factors, found_inf: Tensor) -> None:
+        """``target := factors``, unless the step was skipped."""
+        for old, new in zip(target.tensors(), self.factors.tensors(), strict=True):
+            old.copy_(torch.where(found_inf > 0, old, new))
+
+    def state(self) -> dict[str, Tensor]:
+        named = {f"input.{n}": t for n, t in enumerate(self._input.tensors())}
+        named |= {f"base.{n}": t for n, t in enumerate(self._base.tensors())}
+        named |= {f"hypernetwork.{n}": p.detach() for n, p in self.networks.named_parameters()}
+        named |= self._adam_trunk.state("adam.trunk") | self._adam_output.state("adam.output")
+        return named | self._adam_base.state("adam.base") | {"rule_step": self._step}
+
+    def restored(self, live: list[Tensor]) -> None:
+        self._generate(live)
+
+    def optimized(self) -> Iterable[Tensor]:
+        return [*self.networks.parameters(), *(self._base.tensors() if self.rule.name == "hybrid" else [])]
+
+
+def build_networks(
+    layout: FactorLayout, spec: HypernetworkSpec, *, singular_values: bool, rule: UpdateRule, seed: int
+) -> HypernetworkTriple:
+    """Hypernetworks that fit a model's shape classes; shared, or one set for each layer.
+
+    Under ``generate`` the output maps start so that columns of P and rows of Q have unit norm and λ (or, without λ,
+    P) is zero; under all other rules they start at zero, so that training starts from the initial factors.
+
+    Raises:
+        ValueError: per-layer networks on a model whose layers differ, or ``heads`` that do not divide the hidden size.
+    """
+    groups = len({m.layer for m in layout.modules}) if spec.per_layer else 1
+    starts: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    if rule.name == "generate":
+        starts = (1.0, 0.0, 1.0) if singular_values else (0.0, 0.0, 1.0)
+    device, dtype = layout.classes[0].buffer.device, layout.classes[0].buffer.dtype
+    networks = HypernetworkTriple(
+        spec,
+        output_dims=[c.dim for c in layout.outputs],
+        output_counts=[len(c.members) for c in layout.outputs],
+        input_dims=[c.dim for c in layout.inputs],
+        input_counts=[len(c.members) for c in layout.inputs],
+        modules=len(layout.modules),
+        rank=layout.rank,
+        groups=groups,
+        singular_values=singular_values,
+        output_std=starts,
+        seed=seed,
+    )
+    return networks.to(device=device, dtype=dtype if dtype.itemsize >= 4 else torch.float32)
+
+
+def copy_state(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Copy a saved state into live tensors of the same names and shapes.
+
+    Raises:
+        ValueError: names or shapes differ; all differences are named.
+    """
+    problems = [f"{name} is missing" for name in target.keys() - source.keys()]
+    problems += [f"{name} is unknown" for name in source.keys() - target.keys()]
+    problems += [
+        f"{name} has shape {tuple(source[name].shape)}, expected {tuple(t.shape)}"
+        for name, t in target.items()
+        if name in source and source[name].shape != t.shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"optimizer state does not fit this model and method: {shown}")
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
