@@ -1,9 +1,9 @@
 """HyperAdaLoRA as one torch optimizer over a model with plain PEFT LoRA layers (arXiv 2510.02630, 2303.10512).
 
-The model computes ordinary LoRA, ``scale · B A x``. The optimizer owns P, λ, Q, writes ``A = diag(λ·mask) Q`` and ``B = P``,
-and in :meth:`HyperAdaLoRA.step` does the rest: factor gradients, importance, orthogonality, pruning, the second stage of the
-backward pass through the hypernetworks, their AdamW step and the next P, λ, Q. Forward and backward therefore cost what
-LoRA's cost, and no training loop has to know about any of it.
+The model computes ordinary LoRA, ``scale · B A x``. The optimizer owns P, λ, Q, writes ``A = diag(λ·mask) Q`` and
+``B = P``, and in :meth:`HyperAdaLoRA.step` does the rest: factor gradients, importance, orthogonality, pruning, the
+second stage of the backward pass through the hypernetworks, their AdamW step and the next P, λ, Q. Forward and backward
+therefore cost what LoRA's cost, and no training loop has to know about any of it.
 
 Shape legend: M modules, m modules of one shape class, r directions (initial rank), i input and o output dimensions.
 """
@@ -71,8 +71,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
     """Optimizer of the adapters (and of every other trainable parameter) of a PEFT LoRA model.
 
     Parameter groups, in order: ``factors`` (lora_A and lora_B; its rate drives direct factors), ``hypernetwork_trunk``,
-    ``hypernetwork_output``, and ``other`` (trainable parameters outside the LoRA pairs, such as a classification head or
-    DoRA's magnitudes, under plain AdamW). A scheduler scales all of them.
+    ``hypernetwork_output``, and ``other`` (trainable parameters outside the LoRA pairs, such as a classification head
+    or DoRA's magnitudes, under plain AdamW). A scheduler scales all of them.
 
     Args:
         model: a PEFT model with LoRA layers of one initial rank, on its final device.
@@ -195,7 +195,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             return BudgetPlan(Pruning(schedule="none"), initial, initial, 0)
         if total is None:
             raise ValueError("target_rank needs total_steps: the pruning schedule ends relative to it")
-        return BudgetPlan(pruning, initial, round(target_rank * modules), total)
+        return BudgetPlan(pruning, initial, max(1, round(target_rank * modules)), total)
 
     def _initial_factors(self, initialization: Initialization, dtype: torch.dtype) -> Factors:
         rng = torch.Generator().manual_seed(self._seed)
@@ -433,6 +433,12 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             for name, t in self._tensors().items()
             if name.startswith(("adam.", "importance.", "mask"))
         )
+
+    @property
+    def owned_bytes(self) -> int:
+        """Bytes of everything that the optimizer holds beside the model: state, factors, gradient buffer."""
+        tensors = [*self._tensors().values(), self._flat]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, live."""

@@ -1,0 +1,222 @@
+"""The training loop under Ray Train. The only module that imports ray.train."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Ray reads these when it is imported. Its usage report is off; accelerators are shown to workers as Ray assigns them.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import pyarrow.fs
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+
+from hyperlora import checkpoint, training
+from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.tracking import MLflowSink
+from hyperlora.training import NonFiniteError, RunInfo, Sink, Tee, World
+
+logger = logging.getLogger(__name__)
+
+
+class _Board:
+    """Events on their way from worker 0 to the driver, and the error that ended the run."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[str, tuple[Any, ...]]] = []
+        self._error: Exception | None = None
+
+    def put(self, events: list[tuple[str, tuple[Any, ...]]]) -> None:
+        self._events += events
+
+    def take(self) -> list[tuple[str, tuple[Any, ...]]]:
+        events, self._events = self._events, []
+        return events
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+
+    def error(self) -> Exception | None:
+        return self._error
+
+
+class _BoardSink:
+    """Puts events on the board a few times a second; never waits for it."""
+
+    def __init__(self, board: Any, interval: float = 0.2) -> None:
+        self._board, self._interval = board, interval
+        self._events: list[tuple[str, tuple[Any, ...]]] = []
+        self._sent = 0.0
+
+    def _add(self, kind: str, *arguments: Any) -> None:
+        self._events.append((kind, arguments))
+        if kind != "step" or time.monotonic() - self._sent > self._interval:
+            self._send()
+
+    def _send(self) -> None:
+        self._board.put.remote(self._events)
+        self._events, self._sent = [], time.monotonic()
+
+    def phase(self, name: str) -> None:
+        self._add("phase", name)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        self._add("step", step, metrics)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self._add("evaluation", step, metrics)
+
+    def close(self) -> None:
+        self._send()
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What runs on every Ray Train worker."""
+    recipe: Recipe = config["recipe"]
+    run: RunInfo = config["run"]
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(max(1, int(recipe.ray.cpus_per_worker)))
+    group = dist.group.WORLD if size > 1 else None
+    world = World(rank, size, group, get_device())
+    sinks: list[Sink] = []
+    if rank == 0:
+        sinks.append(_BoardSink(config["board"]))
+        if run.mlflow_run_id is not None:
+            sinks.append(MLflowSink(recipe.mlflow.tracking_uri, run.mlflow_run_id))
+    try:
+        training.train(recipe, run, world, Tee(*sinks))
+    except (NonFiniteError, RecipeError) as error:
+        # Every worker meets these at the same point, and starting again would only meet them again.
+        if rank == 0:
+            ray.get(config["board"].fail.remote(error))
+
+
+@contextmanager
+def cluster(recipe: Recipe, verbose: bool) -> Iterator[None]:
+    """A Ray that is running: the one of ``ray.address``, the caller's own, or one started here and stopped after.
+
+    Raises:
+        RecipeError: the cluster can never give what the recipe asks for.
+    """
+    mine = not ray.is_initialized()
+    if mine:
+        level = logging.INFO if verbose else logging.ERROR
+        address = recipe.ray.address
+        workers = recipe.ray.num_workers * recipe.ray.cpus_per_worker
+        more: dict[str, Any] = {}
+        if address is None:
+            # Workers that wait for gradients of each other may share cores; a laptop with one core runs two.
+            more = {"num_cpus": max(os.cpu_count() or 1, int(-(-workers // 1))), "include_dashboard": True}
+        ray.init(address=address, log_to_driver=verbose, logging_level=level, **more)
+    try:
+        _check_resources(recipe)
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _check_resources(recipe: Recipe) -> None:
+    total = ray.cluster_resources()
+    problems = []
+    for field, name in (("cpus_per_worker", "CPU"), ("gpus_per_worker", "GPU")):
+        each = getattr(recipe.ray, field)
+        wanted, there = recipe.ray.num_workers * each, total.get(name, 0)
+        if wanted > there:
+            allowed = f"{recipe.ray.num_workers} workers need {wanted:g} {name}s, the cluster has {there:g}"
+            problems.append(Problem(f"ray.{field}", each, allowed))
+    if problems:
+        raise RecipeError(problems)
+
+
+def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> None:
+    """Train a recipe on Ray Train workers; the outcome is ``result.json`` in the run's folder.
+
+    Args:
+        recipe: a valid recipe.
+        info: the run, whose folder every worker can reach.
+        sink: receives worker 0's progress, in the driver.
+        verbose: show the logs of Ray and of the workers.
+
+    Raises:
+        RecipeError: the recipe does not fit the cluster, the data or the model.
+        NonFiniteError: a loss or gradient was not finite.
+        RuntimeError: workers died more often than ``ray.max_failures``.
+    """
+    sink.phase("starting Ray")
+    with cluster(recipe, verbose):
+        board: Any = ray.remote(num_cpus=0)(_Board).remote()
+        fs, root = checkpoint.filesystem(info.uri)
+        settings = recipe.ray
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"recipe": recipe, "run": info, "board": board},
+            scaling_config=ScalingConfig(
+                num_workers=settings.num_workers,
+                use_gpu=settings.gpus_per_worker > 0,
+                resources_per_worker={"CPU": settings.cpus_per_worker}
+                | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}),
+            ),
+            run_config=RunConfig(
+                # Our own checkpoints carry the state; Ray's record of an attempt is of no use to the next one.
+                name=f"attempt-{time.time_ns()}",
+                storage_path=f"{root}/ray",
+                storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)),
+                failure_config=FailureConfig(max_failures=settings.max_failures),
+            ),
+        )
+        sink.phase("starting workers")
+        over = threading.Event()
+        follower = threading.Thread(target=_follow, args=(board, sink, over), name="progress", daemon=True)
+        follower.start()
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise RuntimeError(_reason(error)) from error
+        finally:
+            over.set()
+            follower.join()
+            if fs.exists(f"{root}/ray"):
+                fs.rm(f"{root}/ray", recursive=True)
+        failure = ray.get(board.error.remote())
+        if failure is not None:
+            raise failure
+
+
+def _follow(board: Any, sink: Sink, over: threading.Event) -> None:
+    """Hand the board's events to the driver's sink until the run is over."""
+    last = False
+    while not last:
+        last = over.wait(0.2)
+        try:
+            events = ray.get(board.take.remote())
+        except RayActorError as error:
+            logger.warning("progress is no longer shown: %s", error)
+            return
+        for kind, arguments in events:
+            getattr(sink, kind)(*arguments)
+
+
+def _reason(error: BaseException) -> str:
+    """The workers' own errors, without the traceback of the machinery."""
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return str(error)
+    lines = []
+    for rank, failure in sorted(failures.items()):
+        cause = failure.cause if isinstance(failure, RayTaskError) else failure
+        lines.append(f"worker {rank}: {type(cause).__name__}: {str(cause).strip().splitlines()[0]}")
+    return "training failed on the workers\n  " + "\n  ".join(lines)

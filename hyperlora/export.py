@@ -1,0 +1,186 @@
+"""Adapters as folders that plain PEFT loads, and vLLM with one rank for all modules."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from hyperlora import checkpoint
+from hyperlora.config import Recipe
+from hyperlora.optimizer import HyperAdaLoRA
+
+# Ranks that vLLM's --max-lora-rank takes (vllm/config/lora.py, MaxLoRARanks).
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class PlainAdapter:
+    """A LoRA adapter without λ, masks or scale: ``ΔW = B A`` for each module.
+
+    Attributes:
+        pairs: module name to (A (r, in), B (out, r)), the live directions only; the scale is in B.
+        others: other trained tensors under PEFT's names (heads, DoRA magnitudes).
+        config: PEFT's adapter_config of the training run.
+    """
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    others: dict[str, Tensor]
+    config: dict[str, Any]
+
+    @property
+    def parameters(self) -> int:
+        return sum(a.numel() + b.numel() for a, b in self.pairs.values())
+
+    def padded(self) -> PlainAdapter:
+        """All modules at the smallest rank that vLLM accepts, filled with zeros.
+
+        Raises:
+            ValueError: a module's rank exceeds every accepted rank, or the adapter is DoRA's, which vLLM cannot serve.
+        """
+        if self.config.get("use_dora"):
+            raise ValueError("a DoRA adapter cannot be padded for vLLM: vLLM does not serve DoRA magnitudes")
+        largest = max(a.shape[0] for a, _ in self.pairs.values())
+        fitting = [r for r in SERVED_RANKS if r >= largest]
+        if not fitting:
+            raise ValueError(f"rank {largest} exceeds the largest rank that vLLM serves, {SERVED_RANKS[-1]}")
+        rank = fitting[0]
+
+        def fill(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            more = rank - a.shape[0]
+            return torch.nn.functional.pad(a, (0, 0, 0, more)), torch.nn.functional.pad(b, (0, more))
+
+        return replace(self, pairs={name: fill(a, b) for name, (a, b) in self.pairs.items()})
+
+
+def plain_adapter(model: PeftModel, optimizer: HyperAdaLoRA) -> PlainAdapter:
+    """The adapter as the optimizer's factors define it, scale baked into B, pruned directions dropped."""
+    state = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model).items()}
+    live = optimizer.mask.cpu()
+    pairs = {}
+    for index, module in enumerate(optimizer.layout.modules):
+        a = state.pop(f"{PREFIX}{module.name}.lora_A.weight")[live[index]]
+        b = state.pop(f"{PREFIX}{module.name}.lora_B.weight")[:, live[index]] * module.scaling
+        pairs[module.name] = (a.contiguous(), b.contiguous())
+    config = model.peft_config["default"].to_dict()
+    return PlainAdapter(pairs, state, json.loads(json.dumps(config, default=_jsonable)))
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def adapter_files(adapter: PlainAdapter) -> dict[str, bytes]:
+    """adapter_config.json and adapter_model.safetensors as PEFT reads them.
+
+    Modules of rank zero are left out. Ranks differ through ``rank_pattern``, and ``alpha_pattern`` equals it, so that
+    PEFT's scale alpha/r is one everywhere.
+
+    Raises:
+        ValueError: every module has rank zero: there is no adapter to write.
+    """
+    pairs = {name: pair for name, pair in adapter.pairs.items() if pair[0].shape[0]}
+    if not pairs:
+        raise ValueError("every module was pruned to rank zero; there is no adapter to export")
+    ranks = {name: a.shape[0] for name, (a, _) in pairs.items()}
+    common = max(set(ranks.values()), key=lambda r: (list(ranks.values()).count(r), r))
+    pattern = {name: r for name, r in ranks.items() if r != common}
+    # PEFT needs full names only where modules were dropped; otherwise the names that the run was given.
+    targets = adapter.config["target_modules"] if len(pairs) == len(adapter.pairs) else sorted(pairs)
+    config = {
+        **adapter.config,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": targets,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    tensors = dict(adapter.others)
+    for name, (a, b) in pairs.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b
+    return {
+        "adapter_config.json": checkpoint.pack_json(config),
+        "adapter_model.safetensors": checkpoint.pack(tensors, {"format": "pt"}),
+    }
+
+
+def from_checkpoint(saved: checkpoint.Checkpoint) -> PlainAdapter:
+    """The adapter inside a verified checkpoint; needs no base model."""
+    config = json.loads(saved.files["adapter_config.json"])
+    tensors = load_tensors(saved.files["adapter_model.safetensors"])
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for module in saved.trainer["optimizer"]["modules"]:
+        a = tensors.pop(f"{PREFIX}{module}.lora_A.weight", None)
+        b = tensors.pop(f"{PREFIX}{module}.lora_B.weight", None)
+        if a is not None and b is not None:
+            pairs[module] = (a, b)
+    return PlainAdapter(pairs, tensors, config)
+
+
+def card_metrics(metric: str, evaluations: list[dict[str, float]]) -> dict[str, Any]:
+    """What a model card says of a checkpoint's quality: nothing if it was not measured after training."""
+    if not evaluations or not evaluations[-1]["step"]:
+        return {}
+    before = evaluations[0] if evaluations[0]["step"] == 0 else {}
+    return {"metric": metric, "metric_before": before.get(metric), "metric_after": evaluations[-1][metric]}
+
+
+def write_adapter(uri: str, adapter: PlainAdapter, recipe: Recipe, outcome: dict[str, Any]) -> None:
+    """Write adapter and model card into a folder (any fsspec URI)."""
+    fs, root = checkpoint.filesystem(uri)
+    fs.makedirs(root, exist_ok=True)
+    files = adapter_files(adapter) | {"README.md": model_card(adapter, recipe, outcome).encode()}
+    for name, data in files.items():
+        fs.pipe_file(f"{root}/{name}", data)
+
+
+def model_card(adapter: PlainAdapter, recipe: Recipe, outcome: dict[str, Any]) -> str:
+    """README.md of an adapter, in the form that model hubs read."""
+    metric = outcome.get("metric")
+    ranks = [a.shape[0] for a, _ in adapter.pairs.values()]
+    rows = [
+        ("base model", f"`{recipe.model.path}`" + (f" at `{recipe.model.revision}`" if recipe.model.revision else "")),
+        ("method", recipe.method),
+        ("task", f"{recipe.task.kind} on {recipe.data.root or recipe.data.source}"),
+        ("ranks", f"{min(ranks)} to {max(ranks)}, {sum(ranks)} in all over {len(ranks)} modules"),
+        ("parameters", f"{adapter.parameters:,}"),
+        ("steps", f"{outcome.get('steps', 'unknown')}"),
+    ]
+    if metric is not None:
+        before = outcome.get("metric_before")
+        start = "" if before is None else f" (base model {before:.4f})"
+        rows.append((f"held-out {metric}", f"{outcome['metric_after']:.4f}{start}"))
+    table = "\n".join(f"| {k} | {v} |" for k, v in rows)
+    loader = "AutoModelForSequenceClassification" if recipe.task.kind == "classification" else "AutoModelForCausalLM"
+    return f"""---
+base_model: "{recipe.model.path}"
+library_name: peft
+tags: [lora, hyperadalora]
+---
+# {recipe.name}
+
+A LoRA adapter trained with HyperAdaLoRA. Singular values and scale are baked into the weights and pruned
+directions are gone, so that it is an ordinary PEFT LoRA adapter.
+
+| | |
+|---|---|
+{table}
+
+```python
+from peft import PeftModel
+from transformers import {loader}
+
+base = {loader}.from_pretrained({json.dumps(recipe.model.path)})
+model = PeftModel.from_pretrained(base, ".")
+```
+"""

@@ -1,0 +1,155 @@
+"""What a run will be, known before any worker starts: problems, parameter counts, memory."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+from hyperlora.adapters import load_config, load_tokenizer, lora_config, model_problems, prepare
+from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.optimizer import METHODS
+from hyperlora.tasks import Task, build_task
+from hyperlora.training import World, build_optimizer
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one method on the recipe's model.
+
+    Attributes:
+        trainable: numbers that AdamW moves.
+        adapter: numbers in lora_A and lora_B at the initial rank.
+        state_bytes: optimizer state beside the weights: moments, importance, masks.
+        owned_bytes: everything that the optimizer holds, with factors, hypernetworks and the gradient buffer.
+    """
+
+    trainable: int
+    adapter: int
+    state_bytes: int
+    owned_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one run; bytes are for each worker.
+
+    ``activation_bytes`` follows Korthikanti et al. (arXiv 2205.05198, table 2, without the attention matrix, which
+    fused kernels do not keep): 34 bytes per token, hidden unit and layer in 16 bits, twice that in 32; with
+    recomputation the inputs of the layers and one layer's activations. Logits and their float32 gradient come on top.
+    """
+
+    train_rows: int
+    held_out_rows: int
+    steps: int
+    base_parameters: int
+    modules: int
+    layers: int
+    rank_initial: int
+    rank_target: int
+    pruning: dict[str, Any]
+    sizes: Sizes
+    adalora: Sizes
+    base_bytes: int
+    adapter_bytes: int
+    activation_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak of one worker, without the runtime's own share."""
+        return self.base_bytes + self.adapter_bytes + self.sizes.owned_bytes + self.activation_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "memory_bytes": self.memory_bytes}
+
+
+def meta_model(recipe: Recipe, task: Task) -> PeftModel:
+    """The model and its adapter without memory behind them."""
+    extra = {} if task.num_labels is None else {"num_labels": task.num_labels}
+    config = load_config(recipe.model, **extra)
+    factory = AutoModelForCausalLM if task.num_labels is None else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        base = factory.from_config(config, dtype=getattr(torch, recipe.model.dtype))
+        try:
+            model = get_peft_model(base, lora_config(recipe, task.num_labels))
+        except ValueError as error:
+            raise RecipeError([Problem("adapter.target_modules", recipe.adapter.target_modules, str(error))]) from error
+    return prepare(model, recipe)
+
+
+def _sizes(recipe: Recipe, model: PeftModel, steps: int) -> tuple[Sizes, int, int]:
+    optimizer = build_optimizer(recipe, model, steps, World(device=torch.device("meta")))
+    sizes = Sizes(
+        optimizer.trainable_parameters, optimizer.layout.parameters, optimizer.state_bytes, optimizer.owned_bytes
+    )
+    return sizes, optimizer.plan.initial, optimizer.plan.target
+
+
+def inspect(recipe: Recipe) -> Estimate:
+    """Validate a recipe against its data and its model, and estimate the run.
+
+    Raises:
+        RecipeError: with everything that is wrong with model, data, adapter and schedule.
+    """
+    problems = model_problems(recipe.model)
+    if problems:
+        # Rows can be read without a model, so that a wrong path of each is told at once.
+        try:
+            from hyperlora.tasks.data import load_rows
+
+            load_rows(recipe.data, recipe.task.kind)
+        except RecipeError as error:
+            problems += error.problems
+        raise RecipeError(problems)
+    task = build_task(recipe, load_tokenizer(recipe.model))
+    rows, batch = len(task.train), recipe.training.batch_size
+    if rows < batch:
+        raise RecipeError([Problem("training.batch_size", batch, f"at most the {rows} training rows")])
+    steps = recipe.total_steps(rows)
+    model = meta_model(recipe, task)
+    base = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
+    base_bytes = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".lora_" not in n)
+    adapter_bytes = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    plain = METHODS[recipe.method].dora is False
+    reference = recipe if recipe.method == "adalora" else recipe.model_copy(update={"method": "adalora"})
+    reference_model = copy.deepcopy(model) if plain else meta_model(reference, task)
+    sizes, initial, target = _sizes(recipe, model, steps)
+    adalora = _sizes(reference, reference_model, steps)[0]
+    pruning = recipe.resolved_pruning(steps)
+    layers, hidden = _shape(model)
+    return Estimate(
+        train_rows=rows,
+        held_out_rows=len(task.held_out),
+        steps=steps,
+        base_parameters=base,
+        modules=initial // recipe.adapter.rank,
+        layers=layers,
+        rank_initial=initial,
+        rank_target=target,
+        pruning=asdict(pruning) if METHODS[recipe.method].singular_values else {},
+        sizes=sizes,
+        adalora=adalora,
+        base_bytes=base_bytes,
+        adapter_bytes=adapter_bytes,
+        activation_bytes=_activations(recipe, task, model, layers, hidden),
+    )
+
+
+def _shape(model: PeftModel) -> tuple[int, int]:
+    config: PretrainedConfig = model.get_base_model().config  # type: ignore[assignment]
+    config = config.get_text_config()
+    return int(config.num_hidden_layers), int(config.hidden_size)
+
+
+def _activations(recipe: Recipe, task: Task, model: PeftModel, layers: int, hidden: int) -> int:
+    width = torch.empty((), dtype=getattr(torch, recipe.model.dtype)).element_size()
+    per_pass = recipe.training.batch_size // recipe.ray.num_workers // recipe.training.gradient_accumulation
+    tokens = per_pass * min(recipe.task.max_length, max(len(ids) for ids in task.train["input_ids"]))
+    per_layer = 34 * hidden * width // 2
+    kept = 2 * width * hidden * layers + per_layer if recipe.model.gradient_checkpointing else per_layer * layers
+    vocabulary = 0 if task.num_labels is not None else int(model.get_base_model().config.vocab_size)  # type: ignore
+    return tokens * (kept + vocabulary * (2 * max(width, 4) + width))

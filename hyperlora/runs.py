@@ -1,0 +1,127 @@
+"""Run folders: where a run lives, and which one a resume goes on with.
+
+<storage.uri>/<name>-<time>/run.json       recipe and MLflow run, written when the run starts
+                            checkpoints/   the newest ones
+                            adapter/       the plain PEFT adapter, when the run is finished
+                            result.json    the outcome; a run that has it is finished
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hyperlora import checkpoint
+from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.tracking import flatten
+from hyperlora.training import RunInfo
+
+# What may change between a run and its resumption: where and on what it runs, not what it computes.
+FREE = ("ray.", "storage.", "mlflow.", "description", "training.checkpoint_every", "training.keep_checkpoints")
+
+
+def absolute(uri: str) -> str:
+    """A storage URI that means the same from any working directory."""
+    return uri.rstrip("/") if "://" in uri else str(Path(uri).absolute())
+
+
+def new_uri(recipe: Recipe) -> str:
+    """The folder of a new run, named by the recipe and the time (UTC)."""
+    base = f"{absolute(recipe.storage.uri)}/{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    fs, root = checkpoint.filesystem(base)
+    found, number = base, 2
+    while fs.exists(root):
+        found, root, number = f"{base}-{number}", f"{checkpoint.filesystem(base)[1]}-{number}", number + 1
+    return found
+
+
+def record(info: RunInfo, recipe: Recipe) -> None:
+    """Write ``run.json``.
+
+    Raises:
+        RecipeError: the folder cannot be written.
+    """
+    content = {"recipe": recipe.model_dump(mode="json"), "mlflow_run_id": info.mlflow_run_id}
+    try:
+        fs, root = checkpoint.filesystem(info.uri)
+        fs.makedirs(root, exist_ok=True)
+        fs.pipe_file(f"{root}/run.json", checkpoint.pack_json(content))
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(
+            [Problem("storage.uri", recipe.storage.uri, f"a writable folder or URI ({error})")]
+        ) from error
+
+
+def result(uri: str) -> dict[str, Any] | None:
+    """The outcome of a finished run; None if it is not finished."""
+    fs, root = checkpoint.filesystem(uri)
+    fs.invalidate_cache()
+    path = f"{root}/result.json"
+    return json.loads(fs.cat_file(path)) if fs.exists(path) else None
+
+
+def unfinished(recipe: Recipe) -> RunInfo:
+    """The newest run of the recipe's name, which must be unfinished and of the same recipe.
+
+    Raises:
+        RecipeError: there is none, it is finished, or its recipe differs in what it computes.
+    """
+    base = absolute(recipe.storage.uri)
+    fs, root = checkpoint.filesystem(base)
+    paths = [p for p in fs.glob(f"{root}/{recipe.name}-*/run.json") if _of_name(p, recipe.name)]
+    if not paths:
+        raise RecipeError(
+            [Problem("storage.uri", base, f"no run of {recipe.name!r} to resume; start without --resume")]
+        )
+    newest = max(paths).rsplit("/", 1)[0]
+    uri = base + newest[len(root.rstrip("/")) :]
+    if result(uri) is not None:
+        raise RecipeError([Problem("--resume", uri, "this run is finished; start without --resume for a new one")])
+    content = json.loads(fs.cat_file(f"{newest}/run.json"))
+    before, now = flatten(content["recipe"]), flatten(recipe.model_dump(mode="json"))
+    problems = [
+        Problem(key, now.get(key), f"the run to resume has {before.get(key)!r}")
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE)
+    ]
+    if problems:
+        raise RecipeError(problems)
+    return RunInfo(uri, content["mlflow_run_id"])
+
+
+def _of_name(path: str, name: str) -> bool:
+    # quickstart-entailment-… is no run of quickstart: what follows the name is the time.
+    folder = path.rsplit("/", 2)[1]
+    return folder[len(name) + 1 :].replace("-", "").isdigit()
+
+
+def summary(outcome: Mapping[str, Any], wall_seconds: float) -> dict[str, Any]:
+    """What ``hyperlora train --json`` writes."""
+    keys = [
+        "name",
+        "method",
+        "metric",
+        "metric_before",
+        "metric_after",
+        "held_out_loss_before",
+        "held_out_loss_after",
+        "loss_first",
+        "loss_last",
+        "rank_initial",
+        "rank_final",
+        "rank_target",
+        "ranks",
+        "trainable_parameters",
+        "optimizer_state_bytes",
+        "tokens_per_second",
+        "steps",
+        "training_seconds",
+        "workers",
+        "adapter",
+        "checkpoint",
+        "mlflow_run_id",
+    ]
+    return {key: outcome[key] for key in keys} | {"wall_seconds": wall_seconds}

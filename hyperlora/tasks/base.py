@@ -1,0 +1,83 @@
+"""What the training loop asks of a task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from hyperlora.config import Recipe
+
+IGNORED = -100
+Batch = dict[str, Tensor]
+
+
+class Task(ABC):
+    """Tokenised rows, a loss and a metric.
+
+    Attributes:
+        metric: name of the held-out metric.
+        higher_is_better: whether a larger metric is better.
+        num_labels: classes of a classifier, None for a causal LM.
+        train, held_out: Arrow data sets with ``input_ids``, ``labels`` and ``weight``, the number of targets in a row's
+            loss.
+    """
+
+    metric: str
+    higher_is_better: bool = True
+    num_labels: int | None = None
+    train: Dataset
+    held_out: Dataset
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.recipe, self.tokenizer = recipe, tokenizer
+
+    @abstractmethod
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sum of the cross-entropy over a batch's targets, nats."""
+
+    def metric_sums(self, model: nn.Module, rows: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Sums over held-out rows: [loss, targets, correct, rows]; correct is 0 where the metric is the loss."""
+        batch = self.collate(rows, device)
+        loss, targets = self.loss_sum(model, batch), sum(row["weight"] for row in rows)
+        return torch.stack(
+            [loss.double(), *torch.tensor([targets, 0.0, len(rows)], dtype=torch.float64, device=device)]
+        )
+
+    def metric_value(self, sums: Sequence[float]) -> float:
+        """The metric from sums over all held-out rows."""
+        return sums[2] / sums[3]
+
+    def collate(self, rows: list[dict[str, Any]], device: torch.device) -> Batch:
+        """Pad rows on the right: input_ids, attention_mask and labels, (rows, longest) each."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id or 0))
+        seen = torch.zeros(len(rows), longest, dtype=torch.long)
+        for n, row in enumerate(rows):
+            length = len(row["input_ids"])
+            ids[n, :length] = torch.tensor(row["input_ids"])
+            seen[n, :length] = 1
+        batch = {"input_ids": ids, "attention_mask": seen, "labels": self._labels(rows, longest)}
+        return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+    def _labels(self, rows: list[dict[str, Any]], longest: int) -> Tensor:
+        labels = torch.full((len(rows), longest), IGNORED)
+        for n, row in enumerate(rows):
+            labels[n, : len(row["labels"])] = torch.tensor(row["labels"])
+        return labels
+
+
+def next_token_loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Summed cross-entropy of the next token where ``labels`` is not ignored; logits in at least float32."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+    targets = batch["labels"][:, 1:]
+    return F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORED, reduction="sum"
+    )

@@ -1,0 +1,46 @@
+"""Language modelling of whole rows; the metric is the held-out loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from hyperlora.config import Recipe
+from hyperlora.tasks.base import Batch, Task, next_token_loss_sum
+
+
+class LanguageModeling(Task):
+    """Next-token loss on every token of a row; metric: mean held-out loss in nats per token (lower is better)."""
+
+    metric = "held_out_loss"
+    higher_is_better = False
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        train: list[dict[str, Any]],
+        held_out: list[dict[str, Any]],
+    ) -> None:
+        super().__init__(recipe, tokenizer)
+        self.train = self._encode(train)
+        self.held_out = self._encode(held_out)
+
+    def _encode(self, rows: list[dict[str, Any]]) -> Dataset:
+        data, eos = self.recipe.data, self.tokenizer.eos_token
+        columns = [
+            {"prompt": row.get(data.prompt, ""), "completion": row.get(data.completion, ""), **row} for row in rows
+        ]
+        texts = [data.template.format_map(row) + str(eos) for row in columns]
+        ids = self.tokenizer(texts, truncation=True, max_length=self.recipe.task.max_length)["input_ids"]
+        return Dataset.from_dict({"input_ids": ids, "labels": ids, "weight": [len(row) - 1 for row in ids]})
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        return next_token_loss_sum(model, batch)
+
+    def metric_value(self, sums: Sequence[float]) -> float:
+        return sums[0] / sums[1]

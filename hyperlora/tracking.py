@@ -1,0 +1,192 @@
+"""MLflow: one run per training run. The only module that imports mlflow."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.figures import loss_curve, rank_heat_map
+
+logger = logging.getLogger(__name__)
+PACKAGES = ("hyperadalora", "torch", "transformers", "peft", "ray", "mlflow", "datasets")
+# MLflow takes at most this many metrics, parameters and tags in one request.
+BATCH = 1000
+PARAMS = 100
+VALUE = 6000
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide a result."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def git_state() -> dict[str, str]:
+    """Commit of the working directory and whether it was changed; empty outside a repository."""
+
+    def ask(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"git.commit": ask("rev-parse", "HEAD"), "git.changed": str(bool(ask("status", "--porcelain"))).lower()}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def start(recipe: Recipe, run_uri: str, run_name: str, facts: Mapping[str, Any]) -> str:
+    """Create the MLflow run of a training run and log what is known before it starts; returns the run id.
+
+    Raises:
+        RecipeError: the tracking server or database cannot be reached.
+    """
+    uri = recipe.mlflow.tracking_uri
+    try:
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name(recipe.mlflow.experiment)
+        if experiment is None:
+            experiment_id = client.create_experiment(recipe.mlflow.experiment, _artifact_location(uri))
+        else:
+            experiment_id = experiment.experiment_id
+        tags = {"mlflow.runName": run_name, "hyperlora.run_uri": run_uri, "hyperlora.method": recipe.method}
+        tags |= {f"version.{k}": v for k, v in versions().items()} | git_state()
+        run_id = client.create_run(experiment_id, tags=tags).info.run_id
+        params = flatten(recipe.model_dump(mode="json")) | {f"resolved.{k}": v for k, v in flatten(facts).items()}
+        items = [Param(k, str(v)[:VALUE]) for k, v in params.items()]
+        for first in range(0, len(items), PARAMS):
+            client.log_batch(run_id, params=items[first : first + PARAMS])
+        client.log_text(run_id, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), "recipe.yaml")
+    except (MlflowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            [Problem("mlflow.tracking_uri", uri, f"a reachable server or database ({reason})")]
+        ) from error
+    return str(run_id)
+
+
+def _artifact_location(uri: str) -> str | None:
+    """Artifacts of a local database lie beside it; a server has a place of its own."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+
+
+def resume(recipe: Recipe, run_id: str) -> None:
+    """Mark an interrupted run as running again."""
+    MlflowClient(recipe.mlflow.tracking_uri).update_run(run_id, status="RUNNING")
+
+
+def finish(recipe: Recipe, run_id: str, outcome: Mapping[str, Any]) -> None:
+    """Log summary figures and pictures of a finished run and mark it so."""
+    client = MlflowClient(recipe.mlflow.tracking_uri)
+    now, step = int(time.time() * 1000), int(outcome["steps"])
+    known = {k: v for k, v in outcome.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    client.log_batch(run_id, metrics=[Metric(f"summary/{k}", float(v), now, step) for k, v in known.items()])
+    client.log_batch(run_id, tags=[RunTag("hyperlora.adapter", outcome["adapter"])])
+    client.log_figure(run_id, rank_heat_map(outcome), "rank_heat_map.png")
+    client.log_figure(run_id, loss_curve(outcome), "loss_curve.png")
+    client.log_dict(run_id, {k: v for k, v in outcome.items() if k != "losses"}, "result.json")
+    client.set_terminated(run_id, "FINISHED")
+
+
+def fail(recipe: Recipe, run_id: str, status: str) -> None:
+    """Mark a run as FAILED or KILLED; a server that is away does not hide the error that led here."""
+    try:
+        MlflowClient(recipe.mlflow.tracking_uri).set_terminated(run_id, status)
+    except (MlflowException, OSError) as error:
+        logger.warning("MLflow could not be told that run %s ended: %s", run_id, error)
+
+
+class MLflowSink:
+    """Sends each step's metrics from a background thread, in order, many at a time.
+
+    After a resume the steps that the run already has are not sent again. While the server is away metrics wait here;
+    what cannot be delivered by the end is counted in a warning and does not end the training.
+    """
+
+    def __init__(self, tracking_uri: str, run_id: str, interval: float = 2.0) -> None:
+        self._client = MlflowClient(tracking_uri)
+        self._run_id = run_id
+        self._interval = interval
+        self._waiting: list[Metric] = []
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._warned = False
+        self._done = {"loss": -1, "held_out_loss": -1}
+        for key in self._done:
+            history = self._client.get_metric_history(run_id, key)
+            self._done[key] = max((m.step for m in history), default=-1)
+        self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def phase(self, name: str) -> None:
+        pass
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        if step > self._done["loss"]:
+            self._add(step, metrics)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        if step > self._done["held_out_loss"]:
+            self._add(step, metrics)
+
+    def _add(self, step: int, metrics: dict[str, float]) -> None:
+        now = int(time.time() * 1000)
+        with self._lock:
+            self._waiting += [Metric(key, value, now, step) for key, value in metrics.items()]
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        for wait in (0, 1, 3):
+            time.sleep(wait)
+            self._flush()
+            if not self._waiting:
+                return
+        logger.warning("%d metrics of MLflow run %s could not be delivered", len(self._waiting), self._run_id)
+
+    def _run(self) -> None:
+        while not self._closed.wait(self._interval):
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._waiting:
+            batch = self._waiting[:BATCH]
+            try:
+                self._client.log_batch(self._run_id, metrics=batch)
+            except (MlflowException, OSError) as error:
+                if not self._warned:
+                    logger.warning("MLflow is away, metrics wait for it: %s", str(error).splitlines()[0])
+                    self._warned = True
+                return
+            with self._lock:
+                del self._waiting[: len(batch)]

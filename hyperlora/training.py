@@ -1,0 +1,489 @@
+"""The training loop: plain PyTorch, one process or several, no Ray and no MLflow."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from hyperlora import checkpoint
+from hyperlora.adapters import build_model, load_tokenizer
+from hyperlora.checkpoint import Checkpoint
+from hyperlora.config import OptimizerConfig, Problem, Recipe, RecipeError, schedule_problems
+from hyperlora.export import adapter_files, plain_adapter, write_adapter
+from hyperlora.optimizer import HyperAdaLoRA
+from hyperlora.tasks import Task, build_task
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient was not finite on some worker; the optimizer did not take the step."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Which worker this is.
+
+    Attributes:
+        rank, size: of this worker among all.
+        group: of the gradient all-reduce; None for a single process.
+        device: of the model.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over the workers."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+
+class Sink(Protocol):
+    """Where a run reports to; only worker 0 calls it."""
+
+    def phase(self, name: str) -> None:
+        """A named part of the run begins."""
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """An optimizer step ended."""
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """An evaluation ended."""
+
+    def close(self) -> None:
+        """The run ended, well or not."""
+
+
+class Silent:
+    """A sink that drops everything."""
+
+    def phase(self, name: str) -> None: ...
+
+    def step(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Tee:
+    """Several sinks as one."""
+
+    def __init__(self, *sinks: Sink) -> None:
+        self._sinks = sinks
+
+    def phase(self, name: str) -> None:
+        for sink in self._sinks:
+            sink.phase(name)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        for sink in self._sinks:
+            sink.step(step, metrics)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        for sink in self._sinks:
+            sink.evaluation(step, metrics)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Identity of a run: its folder as a URI, and its MLflow run."""
+
+    uri: str
+    mlflow_run_id: str | None = None
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed that depends on every part and on nothing else (63 bits)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def global_batches(rows: int, batch_size: int, seed: int, first_step: int) -> Iterator[list[int]]:
+    """Row indices of each optimizer step from ``first_step`` on, the same for any number of workers.
+
+    Every epoch is a permutation by (seed, epoch); its last incomplete batch is dropped.
+    """
+    per_epoch = rows // batch_size
+    step = first_step
+    while True:
+        epoch = step // per_epoch
+        rng = torch.Generator().manual_seed(derived_seed("order", seed, epoch))
+        order = torch.randperm(rows, generator=rng)
+        for position in range(step % per_epoch, per_epoch):
+            yield order[position * batch_size : (position + 1) * batch_size].tolist()
+        step = (epoch + 1) * per_epoch
+
+
+def schedule_factor(config: OptimizerConfig, step: int, total: int) -> float:
+    """Multiplier of the learning rates at 0-based ``step``: linear warm-up, then the configured decay to zero."""
+    warmup = int(config.warmup * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, total - warmup)
+    return 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(recipe: Recipe, model: PeftModel, total_steps: int, world: World) -> HyperAdaLoRA:
+    """The optimizer that a recipe describes.
+
+    Raises:
+        RecipeError: the pruning schedule cannot reach its target on this model, or a hypernetwork does not fit it.
+    """
+    o = recipe.optimizer
+    try:
+        optimizer = HyperAdaLoRA(
+            model,
+            o.lr,
+            method=recipe.method,
+            trunk_lr=o.trunk_lr,
+            output_lr=o.output_lr,
+            other_lr=o.other_lr,
+            total_steps=total_steps,
+            target_rank=recipe.target_rank,
+            pruning=recipe.resolved_pruning(total_steps),
+            gamma=recipe.gamma,
+            hypernetwork=recipe.hypernetwork_spec(),
+            update_rule=recipe.update_rule(),
+            adam=recipe.adam_settings(),
+            initialization=recipe.adapter.initialization,
+            max_grad_norm=o.max_grad_norm,
+            seed=recipe.seed,
+            process_group=world.group,
+        )
+    except ValueError as error:
+        modules = sum(1 for name, _ in model.named_modules() if name.endswith("lora_A.default"))
+        problems = schedule_problems(recipe, total_steps, modules)
+        raise RecipeError(problems or [Problem("adapter", recipe.adapter.model_dump(), str(error))]) from error
+    return optimizer
+
+
+class PendingMetrics:
+    """Metrics of one step on their way from the device; reading them waits for that step alone."""
+
+    def __init__(self, step: int, names: list[str], values: Tensor, known: dict[str, float]) -> None:
+        self.step, self._names, self._known = step, names, known
+        self._event: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = values
+
+    def read(self) -> dict[str, float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return dict(zip(self._names, self._values.tolist(), strict=True)) | self._known
+
+
+class Trainer:
+    """State of one run and its loop.
+
+    Args:
+        recipe: a valid recipe.
+        run: where the run lives.
+        world: which worker this is.
+        sink: where progress and metrics go.
+
+    Raises:
+        RecipeError: the data or the model does not fit the recipe.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunInfo, world: World, sink: Sink) -> None:
+        self.recipe, self.run, self.world, self.sink = recipe, run, world, sink
+        if world.rank == 0:
+            sink.phase("loading model and data")
+        self.tokenizer = load_tokenizer(recipe.model)
+        self.task: Task = build_task(recipe, self.tokenizer)
+        rows, batch = len(self.task.train), recipe.training.batch_size
+        if rows < batch:
+            raise RecipeError([Problem("training.batch_size", batch, f"at most the {rows} training rows")])
+        self.total_steps = recipe.total_steps(rows)
+        self.model = build_model(recipe, self.tokenizer, self.task.num_labels, world.device)
+        self.optimizer = build_optimizer(recipe, self.model, self.total_steps, world)
+        factor = lambda step: schedule_factor(recipe.optimizer, step, self.total_steps)  # noqa: E731
+        self.scheduler = LambdaLR(self.optimizer, factor)
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad and ".lora_" not in n}
+        self.trained |= {n: p for n, p in self.model.named_parameters() if ".lora_magnitude_vector." in n}
+        self._quantiles = torch.tensor([0.1, 0.5, 0.9], device=world.device)
+        self.step = 0
+        self.losses: list[float] = []
+        self.evaluations: list[dict[str, float]] = []
+        self.rank_history: list[tuple[int, int]] = [(0, self.optimizer.live)]
+        self.training_seconds = 0.0
+        self.tokens_seen = 0
+
+    # ---------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss and metric over all workers."""
+        self.model.eval()
+        mine = range(self.world.rank, len(self.task.held_out), self.world.size)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
+        size = self.recipe.training.eval_batch_size
+        # Rows of similar length together: generation runs as long as the longest prompt needs.
+        lengths = self.task.held_out.with_format(None)["input_ids"]
+        order = sorted(mine, key=lambda n: len(lengths[n]))
+        for start in range(0, len(order), size):
+            rows = [self.task.held_out[n] for n in order[start : start + size]]
+            sums += self.task.metric_sums(self.model, rows, self.world.device)
+        self.model.train()
+        total = self.world.sum(sums).tolist()
+        result = {"held_out_loss": total[0] / total[1]}
+        if self.task.metric != "held_out_loss":
+            result[self.task.metric] = self.task.metric_value(total)
+        self.evaluations.append({"step": self.step, **result})
+        if self.world.rank == 0:
+            self.sink.evaluation(self.step, result)
+        return result
+
+    # ---------------------------------------------------------------- one step
+
+    def train_step(self, indices: list[int]) -> PendingMetrics:
+        """Forward, backward and optimizer step on one global batch of row indices."""
+        started = time.perf_counter()
+        rows = self.task.train[indices]
+        # All workers know the whole batch, so that the mean runs over its targets and not over workers' means.
+        targets, tokens = sum(rows["weight"]), sum(len(ids) for ids in rows["input_ids"])
+        mine = len(indices) // self.world.size
+        parts = self.recipe.training.gradient_accumulation
+        size = mine // parts
+        torch.manual_seed(derived_seed("dropout", self.recipe.seed, self.step, self.world.rank))
+        loss = torch.zeros((), device=self.world.device)
+        for part in range(parts):
+            start = self.world.rank * mine + part * size
+            some = [{k: v[n] for k, v in rows.items()} for n in range(start, start + size)]
+            batch = self.task.collate(some, self.world.device)
+            part_loss = self.task.loss_sum(self.model, batch) * (self.world.size / targets)
+            part_loss.backward()
+            loss = loss + part_loss.detach()
+        self.optimizer.step(metrics=loss.reshape(1))
+        rate = float(self.scheduler.get_last_lr()[0])
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        names, values = self._stats()
+        self.step += 1
+        seconds = time.perf_counter() - started
+        self.training_seconds += seconds
+        self.tokens_seen += tokens
+        known = {
+            "live_rank": float(self.optimizer.live),
+            "learning_rate": rate,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        if self.rank_history[-1][1] != self.optimizer.live:
+            self.rank_history.append((self.step, self.optimizer.live))
+        return PendingMetrics(self.step, names, values, known)
+
+    def _stats(self) -> tuple[list[str], Tensor]:
+        """Names and values (one tensor on the device) of what the optimizer saw in the last step."""
+        stats = self.optimizer.stats
+        columns = {"loss": stats["metrics"][0], "grad_norm": stats["grad_norm"], "found_inf": stats["found_inf"]}
+        if "penalty" in stats:
+            columns["penalty"] = stats["penalty"]
+        if "importance" in stats:
+            live = stats["importance"].masked_fill(~self.optimizer.mask, float("nan")).float().flatten()
+            quantiles = torch.nanquantile(live, self._quantiles)
+            columns |= {f"importance_q{n}": q for n, q in zip((10, 50, 90), quantiles, strict=True)}
+        return list(columns), torch.stack([c.double() for c in columns.values()])
+
+    def report(self, pending: PendingMetrics) -> None:
+        """Read one step's metrics and pass them on.
+
+        Raises:
+            NonFiniteError: a loss or gradient of any worker was not finite; that step changed nothing.
+        """
+        metrics = pending.read()
+        if metrics.pop("found_inf"):
+            raise NonFiniteError(
+                f"step {pending.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the step was not "
+                f"taken and the last checkpoint is kept; lower optimizer.lr (now {self.recipe.optimizer.lr})"
+            )
+        self.losses.append(metrics["loss"])
+        if self.world.rank == 0:
+            self.sink.step(pending.step, metrics)
+
+    # ---------------------------------------------------------------- the run
+
+    def fit(self) -> dict[str, Any]:
+        """Train from the present step to the end; returns the outcome (JSON types) on every worker."""
+        t, rank0 = self.recipe.training, self.world.rank == 0
+        started = time.perf_counter()
+        if self.step == 0 and t.eval_before:
+            if rank0:
+                self.sink.phase("evaluating the base model")
+            self.evaluate()
+        if rank0:
+            self.sink.phase("training")
+        batches = global_batches(len(self.task.train), t.batch_size, self.recipe.seed, self.step)
+        waiting: PendingMetrics | None = None
+        while self.step < self.total_steps:
+            newest = self.train_step(next(batches))
+            if waiting is not None:
+                self.report(waiting)
+            waiting = newest
+            last = self.step == self.total_steps
+            evaluates = not last and bool(t.eval_every) and self.step % (t.eval_every or 1) == 0
+            saves = not last and bool(t.checkpoint_every) and self.step % (t.checkpoint_every or 1) == 0
+            # On a GPU metrics are read one step late, so that the host never waits for the step at hand.
+            if waiting is not None and (last or evaluates or saves or self.world.device.type == "cpu"):
+                self.report(waiting)
+                waiting = None
+            if evaluates:
+                self.evaluate()
+            if saves:
+                self.save()
+        if rank0:
+            self.sink.phase("evaluating")
+        self.evaluate()
+        if rank0:
+            self.sink.phase("saving adapter and checkpoint")
+        return self.finish(time.perf_counter() - started)
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Write the last checkpoint, the adapter and ``result.json``; returns the outcome."""
+        uri = self.save()
+        adapter = f"{self.run.uri.rstrip('/')}/adapter"
+        outcome = self.outcome(uri, adapter, seconds)
+        if self.world.rank == 0:
+            write_adapter(adapter, plain_adapter(self.model, self.optimizer), self.recipe, outcome)
+            fs, root = checkpoint.filesystem(self.run.uri)
+            fs.pipe_file(f"{root}/result.json", checkpoint.pack_json(outcome))
+        return outcome
+
+    def outcome(self, checkpoint_uri: str, adapter: str, seconds: float) -> dict[str, Any]:
+        first, last = self.evaluations[0], self.evaluations[-1]
+        before = first if first["step"] == 0 else {}
+        modules = self.optimizer.layout.modules
+        ranks = self.optimizer.ranks()
+        per_module = self.optimizer.layout.rank
+        return {
+            "name": self.recipe.name,
+            "method": self.recipe.method,
+            "metric": self.task.metric,
+            "higher_is_better": self.task.higher_is_better,
+            "metric_before": before.get(self.task.metric),
+            "metric_after": last[self.task.metric],
+            "held_out_loss_before": before.get("held_out_loss"),
+            "held_out_loss_after": last["held_out_loss"],
+            "loss_first": self.losses[0],
+            "loss_last": self.losses[-1],
+            "rank_initial": self.optimizer.plan.initial,
+            "rank_final": self.optimizer.live,
+            "rank_target": self.optimizer.plan.target,
+            "rank_per_module_initial": per_module,
+            "ranks": ranks,
+            "layers": [m.layer for m in modules],
+            "module_names": [m.short_name for m in modules],
+            "rank_history": [list(pair) for pair in self.rank_history],
+            "trainable_parameters": self.optimizer.trainable_parameters,
+            "adapter_parameters": self.optimizer.layout.parameters,
+            "other_parameters": sum(p.numel() for p in self.trained.values()),
+            "optimizer_state_bytes": self.optimizer.state_bytes,
+            "base_parameters": sum(p.numel() for p in self.model.parameters()) - self.optimizer.layout.parameters,
+            "train_rows": len(self.task.train),
+            "held_out_rows": len(self.task.held_out),
+            "steps": self.step,
+            "tokens_per_second": self.tokens_seen / self.training_seconds if self.training_seconds else 0.0,
+            "training_seconds": self.training_seconds,
+            "loop_seconds": seconds,
+            "workers": self.world.size,
+            "losses": self.losses,
+            "evaluations": self.evaluations,
+            "adapter": adapter,
+            "checkpoint": checkpoint_uri,
+            "mlflow_run_id": self.run.mlflow_run_id,
+        }
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save(self) -> str:
+        """Write a checkpoint from worker 0; returns its URI on every worker."""
+        uri = f"{self.run.uri.rstrip('/')}/checkpoints/step-{self.step:08d}"
+        if self.world.rank == 0:
+            state = self.optimizer.state_dict()
+            tensors = {f"optimizer.{k}": v for k, v in state.pop("state").items()}
+            tensors |= {f"model.{n}": p.detach() for n, p in self.trained.items()}
+            trainer = {
+                "step": self.step,
+                "total_steps": self.total_steps,
+                "data": {"seed": self.recipe.seed, "rows": len(self.task.train), "next_batch": self.step},
+                "rng": "every step seeds the generator with (recipe.seed, step, worker)",
+                "optimizer": state,
+                "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+                "losses": self.losses,
+                "metric": self.task.metric,
+                "evaluations": self.evaluations,
+                "rank_history": self.rank_history,
+                "training_seconds": self.training_seconds,
+                "tokens_seen": self.tokens_seen,
+                "run": asdict(self.run),
+                "recipe": self.recipe.model_dump(mode="json"),
+            }
+            files = adapter_files(plain_adapter(self.model, self.optimizer))
+            checkpoint.save(self.run.uri, self.step, tensors, trainer, files)
+            checkpoint.prune_old(self.run.uri, self.recipe.training.keep_checkpoints)
+        return uri
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go on from a checkpoint of the same recipe.
+
+        Raises:
+            ValueError: the checkpoint is of another model, method or data set; this state is unchanged for data.
+        """
+        trainer = saved.trainer
+        rows = len(self.task.train)
+        if trainer["data"]["rows"] != rows or trainer["total_steps"] != self.total_steps:
+            raise ValueError(
+                f"{saved.uri} is of a run with {trainer['data']['rows']} training rows and "
+                f"{trainer['total_steps']} steps; this one has {rows} and {self.total_steps}"
+            )
+        optimizer = {k.removeprefix("optimizer."): v for k, v in saved.tensors.items() if k.startswith("optimizer.")}
+        self.optimizer.load_state_dict({**trainer["optimizer"], "state": optimizer})
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(saved.tensors[f"model.{name}"])
+        self.scheduler.load_state_dict(trainer["scheduler"])
+        self.step = trainer["step"]
+        self.losses = list(trainer["losses"])
+        self.evaluations = list(trainer["evaluations"])
+        self.rank_history = [(int(s), int(n)) for s, n in trainer["rank_history"]]
+        self.training_seconds = trainer["training_seconds"]
+        self.tokens_seen = trainer["tokens_seen"]
+
+
+def train(recipe: Recipe, run: RunInfo, world: World | None = None, sink: Sink | None = None) -> dict[str, Any]:
+    """Run a recipe, going on from the newest good checkpoint of the run if it has one; returns the outcome."""
+    world, sink = world or World(), sink or Silent()
+    try:
+        trainer = Trainer(recipe, run, world, sink)
+        saved, refused = checkpoint.load_latest(run.uri)
+        if saved is None and refused:
+            raise ValueError("no checkpoint of this run verifies: " + "; ".join(refused))
+        if saved is not None:
+            trainer.restore(saved)
+        return trainer.fit()
+    finally:
+        if world.rank == 0:
+            sink.close()

@@ -1,0 +1,122 @@
+"""The ``hyperlora`` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = argparse.ArgumentParser(prog="hyperlora", description="HyperAdaLoRA: low-rank adapters whose rank moves.")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--json", metavar="FILE", help="write the summary for scripts")
+        command.add_argument("-v", "--verbose", action="store_true", help="show the logs of all parts, Ray's too")
+        return command
+
+    train = add("train", "Train one recipe and write its adapter.")
+    train.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe (hyperlora recipes) or a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change the recipe")
+    train.add_argument("--dry-run", action="store_true", help="validate, print the resolved recipe and the sizes, stop")
+    train.add_argument("--resume", action="store_true", help="go on with the newest run of this name")
+
+    add("recipes", "List the recipes that ship with the package.")
+
+    export = add("export", "Write the adapter of a run or checkpoint as a plain PEFT LoRA folder.")
+    export.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="folder or URI")
+    export.add_argument("folder", metavar="DIR", help="new folder or URI")
+    export.add_argument("--uniform-rank", action="store_true", help="pad all modules to one rank that vLLM accepts")
+    return root
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; options may stand between overrides, which argparse allows no subcommand by itself."""
+    root = parser()
+    args, more = root.parse_known_args(argv)
+    strange = [a for a in more if a.startswith("-") or "overrides" not in args]
+    if strange:
+        root.error(f"unrecognized arguments: {' '.join(strange)}")
+    if more:
+        args.overrides += more
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; bad input ends with status 2 and all that is wrong with it, an interruption with 130."""
+    args = parse_arguments(argv)
+    console = Console()
+    _quiet(args.verbose)
+    from hyperlora.config import RecipeError
+    from hyperlora.training import NonFiniteError
+
+    try:
+        if args.command == "train":
+            from pipelines import train
+
+            return train.main(args, console)
+        if args.command == "export":
+            from pipelines import export
+
+            return export.main(args, console)
+        return recipes(args, console)
+    except RecipeError as error:
+        _complain(str(error))
+        return 2
+    except (NonFiniteError, RuntimeError) as error:
+        if args.verbose:
+            raise
+        _complain(str(error))
+        return 1
+    except KeyboardInterrupt:
+        _complain("interrupted; the same command with --resume goes on from the last checkpoint")
+        return 130
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True).print(Text(text, style="red"), soft_wrap=True)
+
+
+def _quiet(verbose: bool) -> None:
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+        return
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+
+def recipes(args: argparse.Namespace, console: Console) -> int:
+    """List the shipped recipes."""
+    from hyperlora.config import parse, read_yaml
+    from pipelines.common import shipped, write_json
+
+    found = {name: parse(read_yaml(path)) for name, path in shipped().items()}
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    for column in ("recipe", "base model", "what it does"):
+        table.add_column(column, overflow="fold")
+    for name, recipe in found.items():
+        table.add_row(f"[bold]{name}[/]", recipe.model.path, recipe.description)
+    console.print(table)
+    rows = [{"name": n, "model": r.model.path, "description": r.description} for n, r in found.items()]
+    write_json(args.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""What the commands share: finding recipes, and writing their summaries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hyperlora.config import Problem, Recipe, RecipeError, apply_overrides, parse, read_yaml
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    folder = Path(str(files("pipelines"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
+    """A shipped recipe by name, or a YAML file by path, with overrides.
+
+    Raises:
+        RecipeError: with everything that is wrong with it.
+    """
+    path = shipped().get(name, Path(name))
+    if not path.is_file():
+        raise RecipeError([Problem("RECIPE", name, f"a YAML file or one of: {', '.join(shipped())}")])
+    return parse(apply_overrides(read_yaml(path), overrides))
+
+
+def write_json(path: str | None, content: Any) -> None:
+    """Write a command's summary for scripts.
+
+    Raises:
+        RecipeError: the file cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RecipeError([Problem("--json", path, f"a writable file ({error.strerror})")]) from error

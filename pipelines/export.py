@@ -1,0 +1,63 @@
+"""``hyperlora export``: a plain PEFT LoRA adapter from a run or a checkpoint."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from rich.console import Console
+
+from hyperlora import checkpoint, export, runs
+from hyperlora.config import Problem, RecipeError, parse
+from pipelines.common import write_json
+
+
+def main(args: Namespace, console: Console) -> int:
+    """Write the adapter; returns the exit status."""
+    saved = find(runs.absolute(args.source))
+    target = runs.absolute(args.folder)
+    fs, root = checkpoint.filesystem(target)
+    if fs.exists(root) and fs.ls(root):
+        raise RecipeError([Problem("DIR", target, "a new or an empty folder")])
+    adapter = export.from_checkpoint(saved)
+    recipe = parse(saved.trainer["recipe"])
+    evaluations = saved.trainer["evaluations"]
+    outcome = {"steps": saved.trainer["step"], **export.card_metrics(saved.trainer["metric"], evaluations)}
+    if args.uniform_rank:
+        try:
+            adapter = adapter.padded()
+        except ValueError as error:
+            raise RecipeError([Problem("--uniform-rank", args.source, str(error))]) from error
+    export.write_adapter(target, adapter, recipe, outcome)
+    ranks = {name: a.shape[0] for name, (a, _) in adapter.pairs.items()}
+    summary = {
+        "adapter": target,
+        "checkpoint": saved.uri,
+        "step": saved.trainer["step"],
+        "ranks": ranks,
+        "uniform_rank": max(ranks.values()) if args.uniform_rank else None,
+        "parameters": adapter.parameters,
+        "mlflow_run_id": saved.trainer["run"]["mlflow_run_id"],
+    }
+    what = f"rank {summary['uniform_rank']} everywhere" if args.uniform_rank else f"{sum(ranks.values())} directions"
+    console.print(f"{target}: {adapter.parameters:,} parameters, {what}", highlight=False, soft_wrap=True)
+    write_json(args.json, summary)
+    return 0
+
+
+def find(uri: str) -> checkpoint.Checkpoint:
+    """The checkpoint at a URI: itself, or the newest good one of a run.
+
+    Raises:
+        RecipeError: there is neither, or none verifies.
+    """
+    fs, root = checkpoint.filesystem(uri)
+    try:
+        if fs.exists(f"{root}/{checkpoint.COMMIT}"):
+            return checkpoint.load(uri)
+    except ValueError as error:
+        raise RecipeError([Problem("RUN_OR_CHECKPOINT", uri, str(error))]) from error
+    saved, refused = checkpoint.load_latest(uri)
+    if saved is None:
+        reason = "; ".join(refused) or "it holds neither a checkpoint nor a checkpoints folder"
+        raise RecipeError([Problem("RUN_OR_CHECKPOINT", uri, f"a run's folder or a checkpoint's: {reason}")])
+    return saved

@@ -1,0 +1,65 @@
+"""One line of progress on the driver: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+
+class ProgressSink:
+    """Shows phase, steps, loss, live rank, tokens/s and time left.
+
+    Args:
+        console: where to draw.
+        total_steps: optimizer steps of the run.
+    """
+
+    def __init__(self, console: Console, total_steps: int) -> None:
+        self._console, self._total = console, total_steps
+        self._live = console.is_terminal
+        self._rate = 0.0
+        self._next_line = 0
+        self._started = time.monotonic()
+        self._closed = threading.Event()
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("starting", total=total_steps, detail="")
+        self._bar.start()
+
+    def phase(self, name: str) -> None:
+        self._bar.update(self._task, description=name)
+        if not self._live:
+            self._print(name)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        seen = metrics["tokens_per_second"]
+        self._rate = seen if not self._rate else 0.9 * self._rate + 0.1 * seen
+        detail = f"loss {metrics['loss']:.3f}  rank {metrics['live_rank']:.0f}  {self._rate:,.0f} tok/s"
+        self._bar.update(self._task, completed=step, detail=detail)
+        if not self._live and (step >= self._next_line or step == self._total):
+            self._print(f"step {step}/{self._total}  {detail}")
+            self._next_line = step + max(1, self._total // 10)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        shown = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in metrics.items())
+        self._print(f"held out at step {step}: {shown}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(f"[dim]{time.monotonic() - self._started:5.0f} s[/]  {text}", highlight=False)
+
+    def close(self) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            self._bar.stop()

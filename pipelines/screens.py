@@ -1,0 +1,129 @@
+"""What the commands print: resolved recipe and estimate before a run, its summary after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from rich.console import Group, RenderableType
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from hyperlora.config import Recipe
+from hyperlora.figures import rank_table
+from hyperlora.preflight import Estimate, Sizes
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _grid(rows: list[tuple[str, RenderableType]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def estimate(recipe: Recipe, e: Estimate) -> RenderableType:
+    """The resolved recipe and what it will need."""
+    content = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    p = e.pruning
+    falls = (
+        f"{p['schedule']}: every {p['interval']} steps from {p['start']} to {e.steps - p['final']}, score {p['score']}"
+        if p and e.rank_target < e.rank_initial
+        else "none"
+    )
+    rows: list[tuple[str, RenderableType]] = [
+        ("rows", f"{e.train_rows:,} to train on, {e.held_out_rows:,} held out"),
+        ("steps", f"{e.steps:,} of {recipe.training.batch_size} rows over {recipe.ray.num_workers} worker(s)"),
+        ("base model", f"{e.base_parameters:,} parameters, frozen"),
+        ("adapter", f"{e.sizes.adapter:,} parameters in {e.modules} modules at rank {recipe.adapter.rank}"),
+        ("rank budget", f"{e.rank_initial:,} to {e.rank_target:,}; pruning {falls}"),
+        ("trainable", f"{e.sizes.trainable:,} ({recipe.method}); AdaLoRA {e.adalora.trainable:,}"),
+        ("optimizer state", f"{size(e.sizes.state_bytes)} ({recipe.method}); AdaLoRA {size(e.adalora.state_bytes)}"),
+        (
+            "memory, each worker",
+            f"{size(e.memory_bytes)} and the runtime: base {size(e.base_bytes)}, adapter and gradients "
+            f"{size(e.adapter_bytes)}, optimizer {size(e.sizes.owned_bytes)}, activations about "
+            f"{size(e.activation_bytes)}",
+        ),
+    ]
+    return Group(
+        Syntax(content.rstrip(), "yaml", theme="ansi_dark", background_color="default", word_wrap=True),
+        Text(),
+        _grid(rows),
+    )
+
+
+def ranks(outcome: Mapping[str, Any]) -> RenderableType:
+    """The rank of every module: one row a layer, and a bar for the layer's share of its initial rank."""
+    rows, columns, table = rank_table(outcome)
+    full = outcome["rank_per_module_initial"]
+    shown = Table(box=None, padding=(0, 1), pad_edge=False)
+    shown.add_column("layer", justify="right", style="dim")
+    for column in columns:
+        shown.add_column(column.rsplit(".", 1)[-1], justify="right")
+    shown.add_column("of its rank", justify="left", no_wrap=True)
+    for label, row in zip(rows, table, strict=True):
+        cells = ["" if r < 0 else str(r) for r in row]
+        there = row[row >= 0]
+        share = there.sum() / (full * len(there))
+        shown.add_row(label, *cells, Text(f"{_bar(share, 10)} {100 * share:.0f} %", style="blue"))
+    return shown
+
+
+def _bar(share: float, width: int) -> str:
+    return "█" * round(share * width) + "░" * (width - round(share * width))
+
+
+def summary(
+    outcome: Mapping[str, Any], recipe: Recipe, adalora: Sizes, wall: float, commands: list[str]
+) -> RenderableType:
+    """The end of a training run."""
+    metric = outcome["metric"].replace("_", " ")
+    percent = outcome["metric"] in ("exact_match", "accuracy")
+
+    def value(x: float | None) -> str:
+        return "not measured" if x is None else f"{100 * x:.1f} %" if percent else f"{x:.4f}"
+
+    rows: list[tuple[str, RenderableType]] = []
+    if percent:
+        held_out = f"{value(outcome['metric_before'])} → [bold]{value(outcome['metric_after'])}[/]"
+        rows.append((f"held-out {metric}", f"{held_out} of {outcome['held_out_rows']} rows"))
+    before = outcome["held_out_loss_before"]
+    rows += [
+        ("held-out loss", ("" if before is None else f"{before:.4f} → ") + f"{outcome['held_out_loss_after']:.4f}"),
+        ("training loss", f"{outcome['loss_first']:.4f} → {outcome['loss_last']:.4f} in {outcome['steps']} steps"),
+        ("live rank", f"{outcome['rank_initial']} → {outcome['rank_final']} (target {outcome['rank_target']})"),
+        ("trainable", f"{outcome['trainable_parameters']:,} parameters; AdaLoRA {adalora.trainable:,}"),
+        ("optimizer state", f"{size(outcome['optimizer_state_bytes'])}; AdaLoRA {size(adalora.state_bytes)}"),
+        (
+            "time",
+            f"{wall:.0f} s in all, {outcome['training_seconds']:.0f} s of training on {outcome['workers']} worker(s) "
+            f"at {outcome['tokens_per_second']:,.0f} tokens/s",
+        ),
+    ]
+    places: list[tuple[str, RenderableType]] = [("adapter", outcome["adapter"]), ("checkpoint", outcome["checkpoint"])]
+    if outcome["mlflow_run_id"]:
+        places.append(("MLflow run", f"{outcome['mlflow_run_id']} in {recipe.mlflow.tracking_uri}"))
+    return Group(
+        Text(f"{outcome['name']} ({outcome['method']})", style="bold"),
+        _grid(rows),
+        Text(),
+        ranks(outcome),
+        Text(),
+        _grid(places),
+        Text(),
+        Text("next", style="bold"),
+        *(Text(f"  {command}", style="cyan", no_wrap=True, overflow="ignore") for command in commands),
+    )

@@ -1,0 +1,103 @@
+"""``hyperlora train``: one recipe, one run, one adapter."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from rich.console import Console
+
+from hyperlora import runs, tracking
+from hyperlora.config import Recipe
+from hyperlora.preflight import Estimate, inspect
+from hyperlora.training import RunInfo, Tee, train
+from pipelines import screens
+from pipelines.common import load_recipe, write_json
+from pipelines.progress import ProgressSink
+
+
+def main(args: Namespace, console: Console) -> int:
+    """Validate, train, and show what came of it; returns the exit status."""
+    started = time.monotonic()
+    named = load_recipe(args.recipe, args.overrides)
+    # Workers have their own working directory: paths mean the same from there.
+    recipe = named.with_absolute_paths()
+    with console.status("checking recipe, data and model"):
+        estimate = inspect(recipe)
+    if args.dry_run:
+        console.print(screens.estimate(recipe, estimate))
+        write_json(args.json, {"recipe": recipe.model_dump(mode="json"), "estimate": estimate.to_json()})
+        return 0
+    info = _open_run(recipe, estimate, args.resume)
+    console.print(f"[bold]{recipe.name}[/] ({recipe.method}) in {info.uri}", highlight=False, soft_wrap=True)
+    sink = ProgressSink(console, estimate.steps)
+    try:
+        _run(recipe, info, sink, args.verbose)
+        outcome = runs.result(info.uri)
+        assert outcome is not None, f"the run in {info.uri} ended without result.json"
+        if info.mlflow_run_id is not None:
+            sink.phase("drawing")
+            tracking.finish(recipe, info.mlflow_run_id, outcome)
+    except BaseException as error:
+        sink.close()
+        if info.mlflow_run_id is not None:
+            tracking.fail(recipe, info.mlflow_run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    sink.close()
+    wall = time.monotonic() - started
+    console.print(screens.summary(outcome, recipe, estimate.adalora, wall, _next(named, info, args)))
+    write_json(args.json, runs.summary(outcome, wall))
+    return 0
+
+
+def _open_run(recipe: Recipe, estimate: Estimate, resume: bool) -> RunInfo:
+    if resume:
+        info = runs.unfinished(recipe)
+        if info.mlflow_run_id is not None:
+            tracking.resume(recipe, info.mlflow_run_id)
+        return info
+    uri = runs.new_uri(recipe)
+    runs.record(RunInfo(uri), recipe)
+    if not recipe.mlflow.enabled:
+        return RunInfo(uri)
+    facts = {
+        "total_steps": estimate.steps,
+        "rank_target": estimate.rank_target,
+        "trainable_parameters": estimate.sizes.trainable,
+        "pruning": estimate.pruning,
+    }
+    info = RunInfo(uri, tracking.start(recipe, uri, uri.rsplit("/", 1)[1], facts))
+    runs.record(info, recipe)
+    return info
+
+
+def _run(recipe: Recipe, info: RunInfo, sink: ProgressSink, verbose: bool) -> None:
+    if recipe.ray.backend == "ray":
+        from hyperlora import distributed
+
+        distributed.run(recipe, info, sink, verbose=verbose)
+        return
+    tracked = (
+        [] if info.mlflow_run_id is None else [tracking.MLflowSink(recipe.mlflow.tracking_uri, info.mlflow_run_id)]
+    )
+    train(recipe, info, sink=Tee(sink, *tracked))
+
+
+def _next(recipe: Recipe, info: RunInfo, args: Namespace) -> list[str]:
+    run = os.path.relpath(info.uri) if "://" not in info.uri else info.uri
+    commands = [f"hyperlora export {shlex.quote(run)} my-adapter --uniform-rank"]
+    if recipe.mlflow.enabled:
+        store = shlex.quote(recipe.mlflow.tracking_uri)
+        local = recipe.mlflow.tracking_uri.startswith("sqlite:")
+        commands.append(f"mlflow ui --backend-store-uri {store}" if local else f"open {recipe.mlflow.tracking_uri}")
+    same = shlex.join([args.recipe, *args.overrides])
+    commands.append(f"hyperlora train {same} method=adalora")
+    # The commands of an environment that is not activated are found only by their path.
+    folder = Path(sys.executable).parent
+    if folder.as_posix() not in os.environ.get("PATH", "").split(os.pathsep):
+        commands.insert(0, f"source {os.path.relpath(folder / 'activate')}")
+    return commands
