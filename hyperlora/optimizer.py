@@ -340,6 +340,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             finite = finite & torch.isfinite(self.stats["metrics"]).all()
         if self._max_grad_norm is not None:
             gradients.mul_((self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        # A skipped step must not leave NaN in the importance averages.
+        gradients.masked_fill_(~finite, 0.0)
         return norm, (~finite).to(torch.float32)
 
     def _importance(self, factors: Factors, gradients: Factors) -> Tensor:
