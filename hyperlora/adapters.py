@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
@@ -42,15 +43,16 @@ def resolve_path(path: str) -> str:
 
 def model_problems(model: ModelConfig) -> list[Problem]:
     """What can be known about the base model without loading it."""
-    if model.init == "random" and model.architecture:
-        return []
     try:
         load_config(model)
     except RecipeError as error:
         return error.problems
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        return [Problem("model.path", model.path, f"a model folder, a hub name, or builtin:NAME ({reason})")]
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()
+        described = model.init == "random" and bool(model.architecture)
+        field, value = ("model.architecture", model.architecture) if described else ("model.path", model.path)
+        allowed = "a published config" if described else "a model folder, a hub name, or builtin:NAME"
+        return [Problem(field, value, f"{allowed} ({': '.join(line.strip() for line in reason[:2])})")]
     return []
 
 

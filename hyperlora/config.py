@@ -289,6 +289,9 @@ class RecipeError(ValueError):
         head = f"{count} problem{'s' if count > 1 else ''} in the recipe:"
         super().__init__("\n  ".join([head, *(str(p) for p in self.problems)]))
 
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[list[Problem]]]:
+        return type(self), (self.problems,)
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A recipe file as nested dictionaries.

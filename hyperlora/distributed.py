@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 # Ray reads these when it is imported. Its usage report is off; accelerators are shown to workers as Ray assigns them.
@@ -22,52 +23,30 @@ import torch.distributed as dist
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.util.queue import Queue
 
 from hyperlora import checkpoint, training
-from hyperlora.config import Problem, Recipe, RecipeError
-from hyperlora.tracking import MLflowSink
+from hyperlora.config import Problem, Recipe, RecipeError, parse
 from hyperlora.training import NonFiniteError, RunInfo, Sink, Tee, World
 
 logger = logging.getLogger(__name__)
 
 
-class _Board:
-    """Events on their way from worker 0 to the driver, and the error that ended the run."""
-
-    def __init__(self) -> None:
-        self._events: list[tuple[str, tuple[Any, ...]]] = []
-        self._error: Exception | None = None
-
-    def put(self, events: list[tuple[str, tuple[Any, ...]]]) -> None:
-        self._events += events
-
-    def take(self) -> list[tuple[str, tuple[Any, ...]]]:
-        events, self._events = self._events, []
-        return events
-
-    def fail(self, error: Exception) -> None:
-        self._error = error
-
-    def error(self) -> Exception | None:
-        return self._error
+Event = tuple[str, tuple[Any, ...]]
 
 
-class _BoardSink:
-    """Puts events on the board a few times a second; never waits for it."""
+class _QueueSink:
+    """Puts events into a queue for the driver a few times a second."""
 
-    def __init__(self, board: Any, interval: float = 0.2) -> None:
-        self._board, self._interval = board, interval
-        self._events: list[tuple[str, tuple[Any, ...]]] = []
+    def __init__(self, queue: Queue, interval: float = 0.2) -> None:
+        self._queue, self._interval = queue, interval
+        self._events: list[Event] = []
         self._sent = 0.0
 
     def _add(self, kind: str, *arguments: Any) -> None:
         self._events.append((kind, arguments))
         if kind != "step" or time.monotonic() - self._sent > self._interval:
-            self._send()
-
-    def _send(self) -> None:
-        self._board.put.remote(self._events)
-        self._events, self._sent = [], time.monotonic()
+            self.flush()
 
     def phase(self, name: str) -> None:
         self._add("phase", name)
@@ -78,30 +57,37 @@ class _BoardSink:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._add("evaluation", step, metrics)
 
+    def flush(self) -> None:
+        if self._events:
+            self._queue.put_nowait_batch(self._events)
+        self._events, self._sent = [], time.monotonic()
+
     def close(self) -> None:
-        self._send()
+        self.flush()
 
 
 def _worker(config: dict[str, Any]) -> None:
     """What runs on every Ray Train worker."""
-    recipe: Recipe = config["recipe"]
-    run: RunInfo = config["run"]
+    recipe = parse(config["recipe"])
+    run = RunInfo(**config["run"])
+    queue: Queue = config["queue"]
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(recipe.ray.cpus_per_worker)))
-    group = dist.group.WORLD if size > 1 else None
-    world = World(rank, size, group, get_device())
+    world = World(rank, size, dist.group.WORLD if size > 1 else None, get_device())
     sinks: list[Sink] = []
     if rank == 0:
-        sinks.append(_BoardSink(config["board"]))
+        sinks.append(_QueueSink(queue))
         if run.mlflow_run_id is not None:
+            from hyperlora.tracking import MLflowSink  # seconds of import that the other workers need not spend
+
             sinks.append(MLflowSink(recipe.mlflow.tracking_uri, run.mlflow_run_id))
     try:
         training.train(recipe, run, world, Tee(*sinks))
     except (NonFiniteError, RecipeError) as error:
         # Every worker meets these at the same point, and starting again would only meet them again.
         if rank == 0:
-            ray.get(config["board"].fail.remote(error))
+            queue.put(("failed", (error,)))
 
 
 @contextmanager
@@ -156,14 +142,21 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         NonFiniteError: a loss or gradient was not finite.
         RuntimeError: workers died more often than ``ray.max_failures``.
     """
+
+    def loop(config: dict[str, Any]) -> None:
+        # Travels by value, with plain data, so that Ray's controller does not import the library as well.
+        from hyperlora.distributed import _worker
+
+        _worker(config)
+
     sink.phase("starting Ray")
     with cluster(recipe, verbose):
-        board: Any = ray.remote(num_cpus=0)(_Board).remote()
+        queue = Queue(actor_options={"num_cpus": 0})
         fs, root = checkpoint.filesystem(info.uri)
         settings = recipe.ray
         trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"recipe": recipe, "run": info, "board": board},
+            loop,
+            train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": asdict(info), "queue": queue},
             scaling_config=ScalingConfig(
                 num_workers=settings.num_workers,
                 use_gpu=settings.gpus_per_worker > 0,
@@ -180,7 +173,8 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         )
         sink.phase("starting workers")
         over = threading.Event()
-        follower = threading.Thread(target=_follow, args=(board, sink, over), name="progress", daemon=True)
+        failures: list[Exception] = []
+        follower = threading.Thread(target=_follow, args=(queue, sink, over, failures), name="progress", daemon=True)
         follower.start()
         try:
             trainer.fit()
@@ -191,23 +185,25 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
             follower.join()
             if fs.exists(f"{root}/ray"):
                 fs.rm(f"{root}/ray", recursive=True)
-        failure = ray.get(board.error.remote())
-        if failure is not None:
-            raise failure
+        if failures:
+            raise failures[0]
 
 
-def _follow(board: Any, sink: Sink, over: threading.Event) -> None:
-    """Hand the board's events to the driver's sink until the run is over."""
+def _follow(queue: Queue, sink: Sink, over: threading.Event, failures: list[Exception]) -> None:
+    """Hand worker 0's events to the driver's sink until the run is over."""
     last = False
     while not last:
         last = over.wait(0.2)
         try:
-            events = ray.get(board.take.remote())
+            events: list[Event] = queue.get_nowait_batch(queue.qsize())
         except RayActorError as error:
             logger.warning("progress is no longer shown: %s", error)
             return
         for kind, arguments in events:
-            getattr(sink, kind)(*arguments)
+            if kind == "failed":
+                failures.append(*arguments)
+            else:
+                getattr(sink, kind)(*arguments)
 
 
 def _reason(error: BaseException) -> str:

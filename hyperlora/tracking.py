@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import sqlite3
 import subprocess
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +26,6 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from hyperlora.config import Problem, Recipe, RecipeError
-from hyperlora.figures import loss_curve, rank_heat_map
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("hyperadalora", "torch", "transformers", "peft", "ray", "mlflow", "datasets")
@@ -31,6 +33,8 @@ PACKAGES = ("hyperadalora", "torch", "transformers", "peft", "ray", "mlflow", "d
 BATCH = 1000
 PARAMS = 100
 VALUE = 6000
+# Seconds that a checkpoint waits for metrics to be delivered.
+PATIENCE = 5.0
 
 
 def versions() -> dict[str, str]:
@@ -70,6 +74,7 @@ def start(recipe: Recipe, run_uri: str, run_name: str, facts: Mapping[str, Any])
         RecipeError: the tracking server or database cannot be reached.
     """
     uri = recipe.mlflow.tracking_uri
+    _check(uri)
     try:
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(recipe.mlflow.experiment)
@@ -93,6 +98,25 @@ def start(recipe: Recipe, run_uri: str, run_name: str, facts: Mapping[str, Any])
     return str(run_id)
 
 
+def _check(uri: str) -> None:
+    """Find out in seconds whether a database or server is there: MLflow itself tries for minutes.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    try:
+        if uri.startswith("sqlite:///"):
+            database = Path(uri.removeprefix("sqlite:///"))
+            database.parent.mkdir(parents=True, exist_ok=True)
+            sqlite3.connect(database).execute("PRAGMA schema_version").close()
+        elif uri.startswith(("http://", "https://")):
+            urllib.request.urlopen(uri, timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answered
+    except (sqlite3.Error, OSError) as error:
+        raise RecipeError([Problem("mlflow.tracking_uri", uri, f"a reachable server or database ({error})")]) from error
+
+
 def _artifact_location(uri: str) -> str | None:
     """Artifacts of a local database lie beside it; a server has a place of its own."""
     if not uri.startswith("sqlite:///"):
@@ -107,6 +131,8 @@ def resume(recipe: Recipe, run_id: str) -> None:
 
 def finish(recipe: Recipe, run_id: str, outcome: Mapping[str, Any]) -> None:
     """Log summary figures and pictures of a finished run and mark it so."""
+    from hyperlora.figures import loss_curve, rank_heat_map  # workers, which import this module, draw nothing
+
     client = MlflowClient(recipe.mlflow.tracking_uri)
     now, step = int(time.time() * 1000), int(outcome["steps"])
     known = {k: v for k, v in outcome.items() if isinstance(v, int | float) and not isinstance(v, bool)}
@@ -139,8 +165,8 @@ class MLflowSink:
         self._interval = interval
         self._waiting: list[Metric] = []
         self._lock = threading.Lock()
-        self._closed = threading.Event()
-        self._warned = False
+        self._closed = self._away = False
+        self._wake = threading.Event()
         self._done = {"loss": -1, "held_out_loss": -1}
         for key in self._done:
             history = self._client.get_metric_history(run_id, key)
@@ -164,29 +190,40 @@ class MLflowSink:
         with self._lock:
             self._waiting += [Metric(key, value, now, step) for key, value in metrics.items()]
 
+    def flush(self) -> None:
+        """Wait until everything is delivered, unless the server is away."""
+        deadline = time.monotonic() + PATIENCE
+        self._wake.set()
+        while self._waiting and not self._away and time.monotonic() < deadline:
+            time.sleep(0.005)
+
     def close(self) -> None:
-        self._closed.set()
+        self._closed = True
+        self._wake.set()
         self._thread.join()
         for wait in (0, 1, 3):
             time.sleep(wait)
-            self._flush()
+            self._send()
             if not self._waiting:
                 return
         logger.warning("%d metrics of MLflow run %s could not be delivered", len(self._waiting), self._run_id)
 
     def _run(self) -> None:
-        while not self._closed.wait(self._interval):
-            self._flush()
+        while not self._closed:
+            self._wake.wait(self._interval)
+            self._wake.clear()
+            self._send()
 
-    def _flush(self) -> None:
+    def _send(self) -> None:
         while self._waiting:
             batch = self._waiting[:BATCH]
             try:
                 self._client.log_batch(self._run_id, metrics=batch)
             except (MlflowException, OSError) as error:
-                if not self._warned:
+                if not self._away:
                     logger.warning("MLflow is away, metrics wait for it: %s", str(error).splitlines()[0])
-                    self._warned = True
+                self._away = True
                 return
+            self._away = False
             with self._lock:
                 del self._waiting[: len(batch)]

@@ -62,6 +62,9 @@ class Sink(Protocol):
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """An evaluation ended."""
 
+    def flush(self) -> None:
+        """A checkpoint is about to be committed: what was reported before it will not be reported again."""
+
     def close(self) -> None:
         """The run ended, well or not."""
 
@@ -74,6 +77,8 @@ class Silent:
     def step(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def flush(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -95,6 +100,10 @@ class Tee:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         for sink in self._sinks:
             sink.evaluation(step, metrics)
+
+    def flush(self) -> None:
+        for sink in self._sinks:
+            sink.flush()
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -442,6 +451,7 @@ class Trainer:
                 "recipe": self.recipe.model_dump(mode="json"),
             }
             files = adapter_files(plain_adapter(self.model, self.optimizer))
+            self.sink.flush()
             checkpoint.save(self.run.uri, self.step, tensors, trainer, files)
             checkpoint.prune_old(self.run.uri, self.recipe.training.keep_checkpoints)
         return uri
@@ -464,7 +474,8 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(saved.tensors[f"model.{name}"])
-        self.scheduler.load_state_dict(trainer["scheduler"])
+        lambdas = [None] * len(self.optimizer.param_groups)  # functions are no state; None keeps this run's
+        self.scheduler.load_state_dict({**trainer["scheduler"], "lr_lambdas": lambdas})
         self.step = trainer["step"]
         self.losses = list(trainer["losses"])
         self.evaluations = list(trainer["evaluations"])

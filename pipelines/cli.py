@@ -13,14 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+DESCRIPTION = "HyperAdaLoRA: low-rank adapters whose rank moves."
+
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    root = argparse.ArgumentParser(prog="hyperlora", description="HyperAdaLoRA: low-rank adapters whose rank moves.")
+    root = argparse.ArgumentParser(prog="hyperlora", description=DESCRIPTION, allow_abbrev=False)
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("--json", metavar="FILE", help="write the summary for scripts")
         command.add_argument("-v", "--verbose", action="store_true", help="show the logs of all parts, Ray's too")
         return command

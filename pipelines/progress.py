@@ -56,6 +56,9 @@ class ProgressSink:
         shown = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in metrics.items())
         self._print(f"held out at step {step}: {shown}")
 
+    def flush(self) -> None:
+        pass
+
     def _print(self, text: str) -> None:
         self._console.print(f"[dim]{time.monotonic() - self._started:5.0f} s[/]  {text}", highlight=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import build_batch, build_llama, build_optimizer, train_steps
+from models import build_batch, build_llama, build_optimizer, train_steps
 from peft import LoraConfig, get_peft_model
 from torch import nn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import build_llama, build_optimizer, train_steps
+from models import build_llama, build_optimizer, train_steps
 
 from hyperlora.pruning import BudgetPlan, Pruning, Smoothed, prune_to
 

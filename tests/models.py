@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,8 +62,3 @@ def train_steps(model: PeftModel, optimizer: HyperAdaLoRA, steps: int, ids: torc
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-@pytest.fixture
-def llama() -> Callable[..., PeftModel]:
-    return build_llama

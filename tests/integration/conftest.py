@@ -1,0 +1,47 @@
+"""A small run: two layers, made-up weights, a few rows; seconds on one core."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+# The tests' own Ray needs no dashboard clients, proxies or usage reports.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+ARCHITECTURE = {
+    "model_type": "llama",
+    "vocab_size": 1024,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+
+
+def small_recipe(folder: Path) -> dict[str, Any]:
+    return {
+        "name": "small",
+        "model": {"path": "none", "init": "random", "architecture": ARCHITECTURE, "dtype": "float64"},
+        "task": {"kind": "generation", "max_length": 96, "max_new_tokens": 8},
+        "data": {"source": "word-problems", "train_rows": 64, "eval_rows": 8},
+        "adapter": {"rank": 4, "target_rank": 2, "alpha": 8},
+        "hypernetwork": {"hidden_size": 24, "heads": 2},
+        "optimizer": {"lr": 0.01},
+        "training": {"steps": 20, "batch_size": 8, "checkpoint_every": 5},
+        "ray": {"backend": "local"},
+        "storage": {"uri": str(folder / "runs")},
+        "mlflow": {"tracking_uri": f"sqlite:///{folder / 'mlflow.db'}", "enabled": False},
+    }
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(small_recipe(tmp_path)), encoding="utf-8")
+    return path

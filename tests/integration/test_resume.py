@@ -1,0 +1,112 @@
+"""A run that was killed goes on and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from hyperlora import checkpoint
+from pipelines.cli import main
+
+STEPS = 60
+
+
+def command(recipe: Path, *more: str) -> list[str]:
+    return ["train", str(recipe), f"training.steps={STEPS}", *more]
+
+
+def run(recipe: Path, *more: str) -> dict:
+    summary = recipe.parent / "summary.json"
+    assert main([*command(recipe, *more), "--json", str(summary)]) == 0
+    return json.loads(summary.read_text())
+
+
+def kill_after_a_checkpoint(recipe: Path, *more: str) -> None:
+    """Start a run in another process and kill it, and all that it started, once it has a checkpoint."""
+    runs = recipe.parent / "runs"
+    before = set(runs.glob("*/checkpoints/*/COMMIT"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *command(recipe, *more)],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not set(runs.glob("*/checkpoints/*/COMMIT")) - before:
+            assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
+            assert time.monotonic() < deadline, "no checkpoint in five minutes"
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def adapters_equal(first: str, second: str) -> bool:
+    one, two = (load_file(Path(uri.removeprefix("file://")) / "adapter_model.safetensors") for uri in (first, second))
+    return one.keys() == two.keys() and all(one[k].equal(two[k]) for k in one)
+
+
+@pytest.mark.parametrize("method", ["hyperadalora", "adalora", "dylora"])
+def test_killed_run_resumes_to_the_same_adapter(recipe_file: Path, method: str) -> None:
+    changes = [f"method={method}", "hypernetwork.update=reanchored", "adapter.dropout=0.1"]
+    whole = run(recipe_file, *changes)
+    kill_after_a_checkpoint(recipe_file, *changes)
+    resumed = run(recipe_file, *changes, "--resume")
+    assert resumed["adapter"] != whole["adapter"]
+    assert (resumed["loss_last"], resumed["metric_after"]) == (whole["loss_last"], whole["metric_after"])
+    assert resumed["ranks"] == whole["ranks"]
+    assert adapters_equal(whole["adapter"], resumed["adapter"])
+
+
+def test_resume_goes_on_in_the_same_mlflow_run(recipe_file: Path, tmp_path: Path) -> None:
+    kill_after_a_checkpoint(recipe_file, "mlflow.enabled=true")
+    resumed = run(recipe_file, "mlflow.enabled=true", "--resume")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("hyperlora").experiment_id
+    (tracked,) = client.search_runs([experiment])
+    assert tracked.info.run_id == resumed["mlflow_run_id"]
+    assert tracked.info.status == "FINISHED"
+    steps = [m.step for m in client.get_metric_history(tracked.info.run_id, "loss")]
+    assert steps == list(range(1, STEPS + 1)), "no step is missing or logged twice"
+
+
+def test_what_cannot_be_resumed(recipe_file: Path, capfd: pytest.CaptureFixture) -> None:
+    assert main([*command(recipe_file), "--resume"]) == 2
+    assert "no run of 'small' to resume" in capfd.readouterr().err.replace("\n", " ")
+    kill_after_a_checkpoint(recipe_file)
+    assert main([*command(recipe_file), "--resume", "optimizer.lr=0.5", "seed=1"]) == 2
+    message = capfd.readouterr().err
+    assert "optimizer.lr: got 0.5; the run to resume has 0.01" in message
+    assert "seed: got 1; the run to resume has 0" in message
+    run(recipe_file, "--resume", "training.checkpoint_every=7")
+    assert main([*command(recipe_file), "--resume"]) == 2
+    assert "this run is finished" in capfd.readouterr().err
+
+
+def test_an_incomplete_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoint.save(str(tmp_path), 5, {}, {"step": 5}, {"a.json": b"{}"})
+    checkpoint.save(str(tmp_path), 10, {}, {"step": 10}, {"a.json": b"{}"})
+    (tmp_path / "checkpoints/step-00000010/COMMIT").unlink()
+    found, refused = checkpoint.load_latest(str(tmp_path))
+    assert found is not None
+    assert (found.trainer["step"], refused) == (5, [])
+
+
+def test_a_manifest_cannot_leave_its_folder(tmp_path: Path) -> None:
+    checkpoint.save(str(tmp_path), 5, {}, {"step": 5}, {})
+    marker = tmp_path / "checkpoints/step-00000005/COMMIT"
+    content = json.loads(marker.read_text())
+    content["files"]["../secret"] = content["files"]["trainer.json"]
+    marker.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="outside its folder"):
+        checkpoint.load(str(tmp_path / "checkpoints/step-00000005"))
