@@ -1,0 +1,126 @@
+"""The loop under a real Ray: two workers compute what one process computes, and survive being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from safetensors.torch import load_file
+
+from pipelines.cli import main
+
+TWO = ("ray.backend=ray", "ray.num_workers=2")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One Ray for all tests of this file; the command uses a Ray that runs already."""
+    ray.init(num_cpus=4, include_dashboard=True, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def run(recipe: Path, *changes: str) -> dict:
+    summary = recipe.parent / "summary.json"
+    assert main(["train", str(recipe), *changes, "--json", str(summary)]) == 0
+    result = json.loads(summary.read_text())
+    result["losses"] = json.loads((Path(result["adapter"]).parent / "result.json").read_text())["losses"]
+    return result
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("method", ["hyperadalora", "dora"])
+def test_two_workers_give_the_losses_of_one_process(recipe_file: Path, method: str) -> None:
+    alone = run(recipe_file, f"method={method}")
+    two = run(recipe_file, f"method={method}", *TWO)
+    assert (alone["workers"], two["workers"]) == (1, 2)
+    assert two["losses"] == pytest.approx(alone["losses"], abs=1e-6)
+    assert max(alone["losses"]) - min(alone["losses"]) > 0.01
+    assert two["metric_after"] == alone["metric_after"]
+    assert two["ranks"] == alone["ranks"]
+    one, other = (load_file(Path(r["adapter"]) / "adapter_model.safetensors") for r in (alone, two))
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() < 1e-6, name
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(recipe_file: Path) -> None:
+    changes = ("training.steps=400", "training.checkpoint_every=20", *TWO)
+    whole = run(recipe_file, *changes)
+    runs = recipe_file.parent / "runs"
+    before = set(runs.iterdir())
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLER, str(runs), *(p.name for p in before)], stdout=subprocess.PIPE, text=True
+    )
+    again = run(recipe_file, *changes)
+    told, _ = process.communicate(timeout=60)
+    assert told.startswith("killed worker"), told
+    assert again["losses"] == pytest.approx(whole["losses"], abs=1e-12)
+    assert again["ranks"] == whole["ranks"]
+
+
+# Waits for a checkpoint of a new run, then kills one of its Ray Train workers.
+KILLER = """
+import os, pathlib, signal, sys, time
+import psutil
+runs, old = pathlib.Path(sys.argv[1]), set(sys.argv[2:])
+deadline = time.monotonic() + 240
+while time.monotonic() < deadline:
+    if any(p.parts[len(runs.parts)] not in old for p in runs.glob("*/checkpoints/*/COMMIT")):
+        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+        busy = [p for p in workers if "execute" in " ".join(p.info["cmdline"]) or p.cpu_times().user > 1]
+        if busy:
+            os.kill(busy[-1].pid, signal.SIGKILL)
+            print("killed worker", busy[-1].pid)
+            break
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.usefixtures("cluster")
+def test_errors_of_workers_reach_the_user(recipe_file: Path, capfd: pytest.CaptureFixture) -> None:
+    changes = ["optimizer.lr=1e200", "optimizer.warmup=0", "optimizer.max_grad_norm=null", "method=adalora"]
+    assert main(["train", str(recipe_file), *changes, *TWO]) == 1
+    message = capfd.readouterr().err
+    assert "the step was not taken and the last checkpoint is kept" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.usefixtures("cluster")
+def test_more_than_the_cluster_has(recipe_file: Path, capfd: pytest.CaptureFixture) -> None:
+    changes = ["ray.cpus_per_worker=3", "ray.gpus_per_worker=1"]
+    assert main(["train", str(recipe_file), *changes, *TWO]) == 2
+    message = " ".join(capfd.readouterr().err.split())
+    assert "ray.cpus_per_worker: got 3.0; 2 workers need 6 CPUs, the cluster has 4" in message
+    assert "ray.gpus_per_worker: got 1.0; 2 workers need 2 GPUs, the cluster has 0" in message
+
+
+def test_killed_driver_resumes(recipe_file: Path) -> None:
+    """Everything dies at once: driver, Ray and workers. The next command goes on from the last checkpoint."""
+    changes = ("training.steps=200", "training.checkpoint_every=20")
+    whole = run(recipe_file, *changes)
+    runs = recipe_file.parent / "runs"
+    before = set(runs.iterdir())
+    arguments = [sys.executable, "-m", "pipelines.cli", "train", str(recipe_file), *changes, *TWO]
+    process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        while not any(p.parents[2] not in before for p in runs.glob("*/checkpoints/*/COMMIT")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "no checkpoint in five minutes"
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    # The rest runs in this process alone: another number of workers.
+    resumed = run(recipe_file, *changes, "--resume")
+    assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    assert resumed["ranks"] == whole["ranks"]

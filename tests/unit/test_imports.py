@@ -1,0 +1,70 @@
+"""The layout's rules: who may import what."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ALLOWED = {
+    "ray": {"hyperlora/distributed.py", "hyperlora/search.py"},
+    "ray.train": {"hyperlora/distributed.py"},
+    "ray.tune": {"hyperlora/search.py"},
+    "mlflow": {"hyperlora/tracking.py"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def sources(*packages: str) -> list[tuple[str, Path]]:
+    return [(str(p.relative_to(ROOT)), p) for name in packages for p in sorted((ROOT / name).rglob("*.py"))]
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_only_the_named_files_import(package: str) -> None:
+    importers = {
+        name
+        for name, path in sources("hyperlora", "pipelines", "tune_spaces")
+        if any(within(module, package) for module in imports(path))
+    }
+    assert importers <= ALLOWED[package]
+
+
+def test_direction_of_imports() -> None:
+    for name, path in sources("hyperlora", "tune_spaces"):
+        assert not [m for m in imports(path) if within(m, "pipelines")], name
+    for name, path in sources("hyperlora"):
+        assert not [m for m in imports(path) if within(m, "tune_spaces")], name
+
+
+def test_the_checks_see_what_they_forbid() -> None:
+    seen = imports(ROOT / "hyperlora/distributed.py")
+    assert any(within(m, "ray.train") for m in seen)
+    assert any(within(m, "mlflow") for m in imports(ROOT / "hyperlora/tracking.py"))
+
+
+def test_the_library_needs_neither_ray_nor_mlflow() -> None:
+    program = (
+        "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None\n"
+        "import hyperlora, hyperlora.training, hyperlora.export, hyperlora.checkpoint\n"
+        "print(hyperlora.HyperAdaLoRA.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.strip() == "HyperAdaLoRA", done.stderr
