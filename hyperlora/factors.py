@@ -27,6 +27,7 @@ class AdaptedModule:
     a: nn.Parameter
     b: nn.Parameter
     scaling: float
+    dora: bool = False
 
     @property
     def layer(self) -> int | None:
@@ -61,7 +62,8 @@ def adapted_modules(model: nn.Module, adapter_name: str = "default") -> list[Ada
             problems.append(f"{name}: only linear layers are supported, not a weight of {a.ndim} dimensions")
             continue
         clean = name.removeprefix("base_model.model.")
-        found.append(AdaptedModule(clean, a, b, module.scaling[adapter_name]))
+        dora = adapter_name in module.lora_magnitude_vector
+        found.append(AdaptedModule(clean, a, b, module.scaling[adapter_name], dora))
         rank = a.shape[0]
         if rank > min(a.shape[1], b.shape[0]):
             problems.append(f"{clean}: rank {rank} exceeds a dimension of the {b.shape[0]}x{a.shape[1]} weight")

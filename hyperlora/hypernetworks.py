@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,10 @@ class HypernetworkSpec:
     intermediate_size: int | None = None
     layers: int = 1
     per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"hypernetwork kind {self.kind!r} is unknown; allowed: {', '.join(get_args(Kind))}")
 
     @property
     def inner(self) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -124,9 +124,14 @@ class HyperAdaLoRA(torch.optim.Optimizer):
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
+        if initialization not in get_args(Initialization):
+            allowed = ", ".join(get_args(Initialization))
+            raise ValueError(f"initialization {initialization!r} is unknown; allowed: {allowed}")
         self.method = METHODS[method]
         self.method_name = method
         modules = adapted_modules(model, adapter_name)
+        if self.method.dora and not all(m.dora for m in modules):
+            raise ValueError(f"method {method!r} needs DoRA layers: LoraConfig(use_dora=True)")
         self.layout = FactorLayout(modules)
         self._adam_settings = adam or AdamSettings()
         self._gamma = gamma if self.method.singular_values else 0.0
@@ -195,6 +200,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             return BudgetPlan(Pruning(schedule="none"), initial, initial, 0)
         if total is None:
             raise ValueError("target_rank needs total_steps: the pruning schedule ends relative to it")
+        if not 0 < target_rank <= self.layout.rank:
+            raise ValueError(f"target_rank={target_rank}; allowed: above 0, up to the initial rank {self.layout.rank}")
         return BudgetPlan(pruning, initial, max(1, round(target_rank * modules)), total)
 
     def _initial_factors(self, initialization: Initialization, dtype: torch.dtype) -> Factors:
@@ -230,9 +237,11 @@ class HyperAdaLoRA(torch.optim.Optimizer):
 
     def _build_smoothed(self) -> Smoothed | None:
         self._score = self._pruning_score()
-        if self._score == "sensitivity":
-            return None
         factors = self.source.factors
+        if self._score == "sensitivity":
+            self._sensitivity = None if factors.lam is None else torch.zeros_like(factors.lam)
+            return None
+        self._sensitivity = None
         assert factors.lam is not None
         followed = [factors.lam] if self._score == "smoothed" else factors.tensors()
         return Smoothed(followed, self._pruning.beta1, self._pruning.beta2)
@@ -295,7 +304,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         self.stats |= {"grad_norm": norm, "found_inf": found_inf}
 
         if factors.lam is not None:
-            score = self._importance(factors, gradients)
+            score = self._importance(factors, gradients, found_inf)
             self.stats["importance"] = score
             if self._gamma:
                 self._add_penalty(factors, gradients)
@@ -322,6 +331,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             torch._foreach_copy_(
                 self._grad_other, [torch.zeros_like(p) if p.grad is None else p.grad for p in self._other]
             )
+        self.stats.pop("metrics", None)  # of an earlier step
         if metrics is not None:
             if metrics.numel() > self._metric_slots:
                 raise ValueError(f"at most {self._metric_slots} metrics travel with a step, got {metrics.numel()}")
@@ -340,21 +350,27 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             finite = finite & torch.isfinite(self.stats["metrics"]).all()
         if self._max_grad_norm is not None:
             gradients.mul_((self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        # A skipped step must not leave NaN in the importance averages.
+        # A skipped step multiplies its changes by zero, which does not make NaN go away.
         gradients.masked_fill_(~finite, 0.0)
         return norm, (~finite).to(torch.float32)
 
-    def _importance(self, factors: Factors, gradients: Factors) -> Tensor:
-        """Score (M, r) of every direction: |λ·∂L/∂λ|, its smoothed form, or AdaLoRA's over the triplet."""
+    def _importance(self, factors: Factors, gradients: Factors, found_inf: Tensor) -> Tensor:
+        """Score (M, r) of every direction: |λ·∂L/∂λ|, its smoothed form, or AdaLoRA's over the triplet.
+
+        A step that is skipped keeps the score of the step before, so that a pruning event on it does not follow noise.
+        """
         assert factors.lam is not None
         assert gradients.lam is not None
         if self._smoothed is None:
-            return (factors.lam * gradients.lam).abs()
+            assert self._sensitivity is not None
+            score = (factors.lam * gradients.lam).abs()
+            self._sensitivity = torch.where(found_inf > 0, self._sensitivity, score)
+            return self._sensitivity
         if self._score == "smoothed":
-            return self._smoothed.update([(factors.lam * gradients.lam).abs()])[0]
+            return self._smoothed.update([(factors.lam * gradients.lam).abs()], found_inf)[0]
         products = torch._foreach_mul(factors.tensors(), gradients.tensors())
         torch._foreach_abs_(products)
-        smooth = factors.like(self._smoothed.update(list(products)))
+        smooth = factors.like(self._smoothed.update(list(products), found_inf))
         assert smooth.lam is not None
         score = smooth.lam
         for shape_class, p in zip(self.layout.outputs, smooth.p, strict=True):
@@ -445,6 +461,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
     def _tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, live."""
         named = {"mask": self.mask} | self.source.state() | self._adam_other.state("adam.other")
+        if self._sensitivity is not None:
+            named["importance.sensitivity"] = self._sensitivity
         if self._smoothed is not None:
             named |= {f"importance.mean.{n}": t for n, t in enumerate(self._smoothed.mean)}
             named |= {f"importance.uncertainty.{n}": t for n, t in enumerate(self._smoothed.uncertainty)}

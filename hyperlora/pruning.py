@@ -9,7 +9,7 @@ Shape legend: M adapted modules, r directions of each (the initial rank).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -44,6 +44,16 @@ class Pruning:
     score: Score = "smoothed"
     beta1: float = 0.85
     beta2: float = 0.85
+
+    def __post_init__(self) -> None:
+        for field, value, allowed in (
+            ("schedule", self.schedule, get_args(Schedule)),
+            ("score", self.score, get_args(Score)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"pruning {field} {value!r} is unknown; allowed: {', '.join(allowed)}")
+        if self.interval < 1:
+            raise ValueError(f"pruning interval={self.interval}; allowed: 1 or more optimizer steps")
 
 
 class BudgetPlan:
@@ -147,10 +157,18 @@ class Smoothed:
         self.mean = [torch.zeros_like(t) for t in like]
         self.uncertainty = [torch.zeros_like(t) for t in like]
 
-    def update(self, sensitivity: list[Tensor]) -> list[Tensor]:
-        """Take in |θ·∂L/∂θ| of one step; returns Ī·Ū of each tensor."""
-        torch._foreach_lerp_(self.mean, sensitivity, 1 - self.beta1)
+    def update(self, sensitivity: list[Tensor], found_inf: Tensor) -> list[Tensor]:
+        """Take in |θ·∂L/∂θ| of one step, unless ``found_inf`` is 1; returns Ī·Ū of each tensor."""
+        taken = (1 - found_inf).to(self.mean[0].dtype)
+        self._move(self.mean, sensitivity, taken * (1 - self.beta1))
         deviation = torch._foreach_sub(sensitivity, self.mean)
         torch._foreach_abs_(deviation)
-        torch._foreach_lerp_(self.uncertainty, deviation, 1 - self.beta2)
+        self._move(self.uncertainty, list(deviation), taken * (1 - self.beta2))
         return list(torch._foreach_mul(self.mean, self.uncertainty))
+
+    @staticmethod
+    def _move(average: list[Tensor], value: list[Tensor], weight: Tensor) -> None:
+        """``average += weight · (value - average)``, with the weight on the device."""
+        change = torch._foreach_sub(value, average)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(average, change)

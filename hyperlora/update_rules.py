@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class UpdateRule:
     scale: float = 1.0
     friction: float = 0.1
     reanchor_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(Rule):
+            raise ValueError(f"update rule {self.name!r} is unknown; allowed: {', '.join(get_args(Rule))}")
 
 
 @dataclass(frozen=True)
@@ -205,15 +209,16 @@ class GeneratedFactors:
             self._keep(self._input, found_inf)
             self._keep(self._base, found_inf)
             if name == "friction":
+                taken = (1 - found_inf).to(self._output[0].dtype)
                 with torch.no_grad():
-                    torch._foreach_mul_(self._output, 1 - self.rule.friction)
+                    torch._foreach_mul_(self._output, 1 - self.rule.friction * taken)
         elif name == "reanchored" and int(self._step) % self.rule.reanchor_every == 0:
             # With the new Φ first, so that the step just taken is not lost with the output maps.
             self._generate(live)
             self._keep(self._input, found_inf)
             self._keep(self._base, found_inf)
             with torch.no_grad():
-                torch._foreach_zero_(self._output)
+                torch._foreach_mul_(self._output, found_inf.to(self._output[0].dtype))
         self._generate(live)
 
     def _keep(self, target: Factors, found_inf: Tensor) -> None:

@@ -100,13 +100,17 @@ def test_target_outside_the_budget(target: int) -> None:
 
 
 def test_smoothed_score_by_hand() -> None:
-    smoothed = Smoothed([torch.zeros(2)], beta1=0.5, beta2=0.75)
-    first = smoothed.update([torch.tensor([4.0, 0.0])])[0]
+    smoothed, taken = Smoothed([torch.zeros(2)], beta1=0.5, beta2=0.75), torch.zeros(())
+    first = smoothed.update([torch.tensor([4.0, 0.0])], taken)[0]
     # mean 2, deviation |4 - 2| = 2, uncertainty 0.25 * 2 = 0.5, score 1.
     assert first.tolist() == [1.0, 0.0]
-    second = smoothed.update([torch.tensor([0.0, 8.0])])[0]
+    second = smoothed.update([torch.tensor([0.0, 8.0])], taken)[0]
     # mean 1, deviation 1, uncertainty 0.375 + 0.25; mean 4, deviation 4, uncertainty 1.
     assert second.tolist() == [0.625, 4.0]
+    assert smoothed.update([torch.tensor([5.0, 5.0])], torch.ones(()))[0].tolist() == [0.625, 4.0]
+    third = smoothed.update([torch.tensor([1.0, 4.0])], taken)[0]
+    # mean 1, deviation 0, uncertainty 0.75 * 0.625; mean 4, deviation 0, uncertainty 0.75.
+    assert third.tolist() == [0.46875, 3.0]
 
 
 @pytest.mark.parametrize("schedule", ["interval", "cubic"])

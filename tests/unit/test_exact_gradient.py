@@ -1,0 +1,132 @@
+"""The two-stage gradient is the gradient of the whole: model and hypernetworks as one graph, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import RULES, build_batch, build_llama, build_optimizer, train_steps
+from peft import PeftModel
+from torch import Tensor
+from torch.func import functional_call
+
+from hyperlora import HyperAdaLoRA, Pruning
+from hyperlora.factors import Factors
+from hyperlora.update_rules import GeneratedFactors
+
+
+def trained(
+    rule: str, *, method: str = "hyperadalora", checkpointing: bool = False, **changes
+) -> tuple[PeftModel, HyperAdaLoRA, GeneratedFactors]:
+    """A model some steps into training: λ is not zero and some directions are pruned."""
+    model = build_llama()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    pruning = Pruning(score="sensitivity", interval=2, start=3, final=35)
+    optimizer = build_optimizer(model, method, rule, gamma=0.0, pruning=pruning, **changes)
+    train_steps(model, optimizer, 5)
+    assert isinstance(optimizer.source, GeneratedFactors)
+    if optimizer.method.singular_values:
+        assert 0 < optimizer.live < optimizer.mask.numel()
+        lam = optimizer.source.factors.lam
+        assert lam is not None
+        assert lam[optimizer.mask].abs().min() > 0
+    return model, optimizer, optimizer.source
+
+
+def whole_loss(model: PeftModel, optimizer: HyperAdaLoRA, factors: Factors, ids: Tensor) -> Tensor:
+    """The loss with lora_A = diag(λ·mask) Q and lora_B = P as outputs of the hypernetworks' graph."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    weights = {}
+    for shape_class, p in zip(optimizer.layout.outputs, factors.p, strict=True):
+        for place, index in enumerate(shape_class.members):
+            weights[names[id(optimizer.layout.modules[index].b)]] = p[place]
+    for shape_class, q in zip(optimizer.layout.inputs, factors.q, strict=True):
+        for place, index in enumerate(shape_class.members):
+            gain = 1.0 if factors.lam is None else (factors.lam * optimizer.mask)[index].unsqueeze(-1)
+            weights[names[id(optimizer.layout.modules[index].a)]] = gain * q[place]
+    assert len(weights) == 2 * len(optimizer.layout.modules)
+    return functional_call(model, weights, (), {"input_ids": ids, "labels": ids}).loss
+
+
+def relative_error(found: list[Tensor], wanted: list[Tensor]) -> float:
+    difference = sum((f - w).square().sum() for f, w in zip(found, wanted, strict=True))
+    return float((difference / sum(w.square().sum() for w in wanted)).sqrt())  # type: ignore[union-attr]
+
+
+def both_ways(
+    model: PeftModel,
+    optimizer: HyperAdaLoRA,
+    source: GeneratedFactors,
+    monkeypatch: pytest.MonkeyPatch,
+    accumulation: int = 1,
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """∂L/∂Φ of one step by autograd end to end and by the optimizer, and |λ·∂L/∂λ| by autograd."""
+    ids = build_batch(seed=11)
+    factors = source.factors.like(source.generated())
+    phi = [*source.networks.trunk_parameters(), *source.networks.output_parameters()]
+    targets = phi if factors.lam is None else [*phi, factors.lam]
+    gradients = list(torch.autograd.grad(whole_loss(model, optimizer, factors, ids), targets, retain_graph=True))
+    importance = None if factors.lam is None else (factors.lam * gradients.pop()).abs().detach()
+
+    found: list[Tensor] = []
+    second_stage = source.gradients
+
+    def recorded(of: Factors) -> list[Tensor]:
+        found.extend(second_stage(of))
+        return found
+
+    monkeypatch.setattr(source, "gradients", recorded)
+    for part in ids.chunk(accumulation):
+        (model(input_ids=part, labels=part).loss / accumulation).backward()
+    optimizer.step()
+    return gradients, found, importance
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointing"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("rule", RULES)
+def test_gradient_and_importance_equal_autograd_end_to_end(
+    rule: str, accumulation: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer, source = trained(rule, checkpointing=checkpointing)
+    mask = optimizer.mask.clone()
+    wanted, found, importance = both_ways(model, optimizer, source, monkeypatch, accumulation)
+    assert relative_error(found, wanted) < 1e-8
+    assert importance is not None
+    torch.testing.assert_close(optimizer.stats["importance"], importance, rtol=1e-8, atol=1e-16)
+    assert (importance[mask] > 0).all()
+    assert (importance[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_without_singular_values(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, found, _ = both_ways(*trained(rule, method="hyperlora"), monkeypatch)
+    assert relative_error(found, wanted) < 1e-8
+
+
+def test_the_measure_sees_a_gradient_that_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, source = trained("residual")
+    wanted, found, _ = both_ways(model, optimizer, source, monkeypatch)
+    assert relative_error([g * (1 + 1e-6) for g in found], wanted) > 1e-7
+
+
+def test_penalty_enters_the_gradient_as_the_penalty_of_the_generated_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, source = trained("hybrid")
+    optimizer._gamma = 0.3
+    factors = source.factors.like(source.generated())
+    ids, modules = build_batch(seed=11), len(optimizer.layout.modules)
+    total = whole_loss(model, optimizer, factors, ids)
+    penalty = torch.zeros((), dtype=torch.float64)
+    rows = [p.transpose(1, 2) for p in factors.p] + factors.q
+    for shape_class, x in zip(optimizer.layout.classes, rows, strict=True):
+        for place, index in enumerate(shape_class.members):
+            live = x[place][optimizer.mask[index]]
+            penalty = penalty + (live @ live.T - torch.eye(len(live))).square().sum() / modules
+    phi = [*source.networks.trunk_parameters(), *source.networks.output_parameters()]
+    wanted = list(torch.autograd.grad(total + 0.3 * penalty, phi, retain_graph=True))
+    reported = penalty.item()
+    _, found, _ = both_ways(model, optimizer, source, monkeypatch)
+    assert relative_error(found, wanted) < 1e-8
+    assert optimizer.stats["penalty"].item() == pytest.approx(reported, rel=1e-9)
+    assert reported > 1e-6
