@@ -162,7 +162,8 @@ def show(result: dict[str, Any]) -> None:
             + f"{counts['total'] - base:>+12}{row['operations_at_pruning_event']['total']:>10}"
             + f"{row['time_ratio_to_lora']:>12.2f}"
         )
-    print(f"total includes views, not reads by the host; 'at event': the total of the step in every {INTERVAL} that prunes")
+    print("total includes views, not reads by the host")
+    print(f"at event: total of the step in every {INTERVAL} that prunes")
 
 
 def main() -> None:

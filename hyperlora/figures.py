@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,27 @@ from matplotlib.figure import Figure
 
 def rank_table(outcome: Mapping[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
     """Final ranks as a table: row labels (layers), column labels (modules), ranks (rows, columns; -1 where none)."""
-    layers = sorted({-1 if layer is None else layer for layer in outcome["layers"]})
-    columns = list(dict.fromkeys(outcome["module_names"]))
+    modules = outcome["modules"]
+    layers = sorted({-1 if m["layer"] is None else m["layer"] for m in modules})
+    columns = list(dict.fromkeys(m["part"] for m in modules))
     table = np.full((len(layers), len(columns)), -1, dtype=int)
-    for layer, name, rank in zip(outcome["layers"], outcome["module_names"], outcome["ranks"].values(), strict=True):
-        table[layers.index(-1 if layer is None else layer), columns.index(name)] = rank
-    return ["other" if layer < 0 else str(layer) for layer in layers], columns, table
+    for m in modules:
+        table[layers.index(-1 if m["layer"] is None else m["layer"]), columns.index(m["part"])] = m["rank"]
+    return ["other" if layer < 0 else str(layer) for layer in layers], shortest_labels(columns), table
+
+
+def shortest_labels(parts: Sequence[str]) -> list[str]:
+    """The last words of each dotted name that tell it from the others, without a ``_proj`` that all of them end in."""
+    split = [part.split(".") for part in parts]
+    labels = []
+    for words in split:
+        length = 1
+        while length < len(words) and sum(other[-length:] == words[-length:] for other in split) > 1:
+            length += 1
+        labels.append(".".join(words[-length:]))
+    if all(label.endswith("_proj") for label in labels):
+        return [label.removesuffix("_proj") for label in labels]
+    return labels
 
 
 def rank_heat_map(outcome: Mapping[str, Any]) -> Figure:
@@ -29,7 +44,7 @@ def rank_heat_map(outcome: Mapping[str, Any]) -> Figure:
     for (y, x), rank in np.ndenumerate(table):
         if rank >= 0:
             axes.text(x, y, str(rank), ha="center", va="center", color="white" if rank > 0.6 * highest else "#1b2a41")
-    axes.set_xticks(range(len(columns)), [c.rsplit(".", 1)[-1] for c in columns], rotation=30, ha="right")
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylabel("layer")
     axes.set_title(

@@ -113,7 +113,6 @@ def summary(outcome: Mapping[str, Any], wall_seconds: float) -> dict[str, Any]:
         "rank_initial",
         "rank_final",
         "rank_target",
-        "ranks",
         "trainable_parameters",
         "optimizer_state_bytes",
         "tokens_per_second",
@@ -124,4 +123,5 @@ def summary(outcome: Mapping[str, Any], wall_seconds: float) -> dict[str, Any]:
         "checkpoint",
         "mlflow_run_id",
     ]
-    return {key: outcome[key] for key in keys} | {"wall_seconds": wall_seconds}
+    ranks = {m["name"]: m["rank"] for m in outcome["modules"]}
+    return {key: outcome[key] for key in keys} | {"ranks": ranks, "wall_seconds": wall_seconds}

@@ -385,7 +385,6 @@ class Trainer:
         first, last = self.evaluations[0], self.evaluations[-1]
         before = first if first["step"] == 0 else {}
         modules = self.optimizer.layout.modules
-        ranks = self.optimizer.ranks()
         per_module = self.optimizer.layout.rank
         return {
             "name": self.recipe.name,
@@ -402,9 +401,10 @@ class Trainer:
             "rank_final": self.optimizer.live,
             "rank_target": self.optimizer.plan.target,
             "rank_per_module_initial": per_module,
-            "ranks": ranks,
-            "layers": [m.layer for m in modules],
-            "module_names": [m.short_name for m in modules],
+            "modules": [
+                {"name": m.name, "layer": m.layer, "part": m.short_name, "rank": rank}
+                for m, rank in zip(modules, self.optimizer.ranks().values(), strict=True)
+            ],
             "rank_history": [list(pair) for pair in self.rank_history],
             "trainable_parameters": self.optimizer.trainable_parameters,
             "adapter_parameters": self.optimizer.layout.parameters,

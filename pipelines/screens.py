@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -72,7 +73,7 @@ def ranks(outcome: Mapping[str, Any]) -> RenderableType:
     shown = Table(box=None, padding=(0, 1), pad_edge=False)
     shown.add_column("layer", justify="right", style="dim")
     for column in columns:
-        shown.add_column(column.rsplit(".", 1)[-1], justify="right")
+        shown.add_column(column, justify="right")
     shown.add_column("of its rank", justify="left", no_wrap=True)
     for label, row in zip(rows, table, strict=True):
         cells = ["" if r < 0 else str(r) for r in row]
@@ -87,9 +88,9 @@ def _bar(share: float, width: int) -> str:
 
 
 def summary(
-    outcome: Mapping[str, Any], recipe: Recipe, adalora: Sizes, wall: float, commands: list[str]
-) -> RenderableType:
-    """The end of a training run."""
+    console: Console, outcome: Mapping[str, Any], recipe: Recipe, adalora: Sizes, wall: float, commands: list[str]
+) -> None:
+    """Print the end of a training run."""
     metric = outcome["metric"].replace("_", " ")
     percent = outcome["metric"] in ("exact_match", "accuracy")
 
@@ -113,17 +114,19 @@ def summary(
             f"at {outcome['tokens_per_second']:,.0f} tokens/s",
         ),
     ]
-    places: list[tuple[str, RenderableType]] = [("adapter", outcome["adapter"]), ("checkpoint", outcome["checkpoint"])]
+    places = {"adapter": local(outcome["adapter"]), "checkpoint": local(outcome["checkpoint"])}
     if outcome["mlflow_run_id"]:
-        places.append(("MLflow run", f"{outcome['mlflow_run_id']} in {recipe.mlflow.tracking_uri}"))
-    return Group(
-        Text(f"{outcome['name']} ({outcome['method']})", style="bold"),
-        _grid(rows),
-        Text(),
-        ranks(outcome),
-        Text(),
-        _grid(places),
-        Text(),
-        Text("next", style="bold"),
-        *(Text(f"  {command}", style="cyan", no_wrap=True, overflow="ignore") for command in commands),
-    )
+        places["MLflow run"] = f"{outcome['mlflow_run_id']} in {recipe.mlflow.tracking_uri}"
+    console.print(Text(f"{outcome['name']} ({outcome['method']})", style="bold"))
+    console.print(_grid(rows), Text(), ranks(outcome), Text(), sep="\n")
+    # Paths and commands are there to be copied: the terminal may wrap them, nothing may break or cut them.
+    for name, place in places.items():
+        console.print(Text.assemble((f"{name:<10}  ", "dim"), place), soft_wrap=True)
+    console.print(Text("\nnext", style="bold"))
+    for command in commands:
+        console.print(Text(f"  {command}", style="cyan"), soft_wrap=True)
+
+
+def local(uri: str) -> str:
+    """A local path relative to here when that is shorter; any other URI as it is."""
+    return uri if "://" in uri else min(uri, os.path.relpath(uri), key=len)

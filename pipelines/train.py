@@ -33,7 +33,9 @@ def main(args: Namespace, console: Console) -> int:
         write_json(args.json, {"recipe": recipe.model_dump(mode="json"), "estimate": estimate.to_json()})
         return 0
     info = _open_run(recipe, estimate, args.resume)
-    console.print(f"[bold]{recipe.name}[/] ({recipe.method}) in {info.uri}", highlight=False, soft_wrap=True)
+    console.print(
+        f"[bold]{recipe.name}[/] ({recipe.method}) in {screens.local(info.uri)}", highlight=False, soft_wrap=True
+    )
     sink = ProgressSink(console, estimate.steps)
     try:
         _run(recipe, info, sink, args.verbose)
@@ -49,7 +51,7 @@ def main(args: Namespace, console: Console) -> int:
         raise
     sink.close()
     wall = time.monotonic() - started
-    console.print(screens.summary(outcome, recipe, estimate.adalora, wall, _next(named, info, args)))
+    screens.summary(console, outcome, recipe, estimate.adalora, wall, _next(named, info, args))
     write_json(args.json, runs.summary(outcome, wall))
     return 0
 
@@ -88,8 +90,7 @@ def _run(recipe: Recipe, info: RunInfo, sink: ProgressSink, verbose: bool) -> No
 
 
 def _next(recipe: Recipe, info: RunInfo, args: Namespace) -> list[str]:
-    run = os.path.relpath(info.uri) if "://" not in info.uri else info.uri
-    commands = [f"hyperlora export {shlex.quote(run)} my-adapter --uniform-rank"]
+    commands = [f"hyperlora export {shlex.quote(screens.local(info.uri))} my-adapter --uniform-rank"]
     if recipe.mlflow.enabled:
         store = shlex.quote(recipe.mlflow.tracking_uri)
         local = recipe.mlflow.tracking_uri.startswith("sqlite:")

@@ -21,7 +21,7 @@ LARGEST = 20
 LABELS = ("entailment", "not_entailment")
 #: Rows that can be asked for. Far more exist; the limit keeps a typing error from running for hours.
 LIMITS: dict[Split, int] = {"train": 100_000, "heldout": 10_000}
-#: How far apart the two numbers of an entailment pair are at most. The smaller it is, the less the first one tells alone.
+#: How far apart the two numbers of an entailment pair are at most: the smaller, the less the first one tells alone.
 _MARGIN = 3
 #: One question in this many is held out.
 _HELDOUT_SHARE = 8
