@@ -275,7 +275,7 @@ def test_every_comparison_and_reply_of_the_pretraining_text_is_right():
             assert have[name][1] == have[other][1] == thing
             assert (have[name][0] > have[other][0]) == (relation == "more")
             compared += 1
-        for name, relation, limit, thing in re.findall(r"(\w+) has more than (\d+) (\w+)", document):
+        for name, relation, limit, thing in re.findall(r"(\w+) has (more|fewer) than (\d+) (\w+)", document):
             assert have[name][1] == thing
             assert (have[name][0] > int(limit)) == (relation == "more")
             assert have[name][0] != int(limit)

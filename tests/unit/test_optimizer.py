@@ -1,0 +1,286 @@
+"""The optimizer as a whole: every method trains, state comes back exactly, bad steps change nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from models import RULES, VARIANTS, build_batch, build_llama, build_optimizer, train_steps
+
+from hyperlora import METHODS, HyperAdaLoRA, Pruning
+from hyperlora.hypernetworks import HypernetworkSpec
+
+STEPS = 30
+
+
+def adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+
+@pytest.mark.parametrize(("method", "rule"), VARIANTS)
+def test_every_method_trains_to_its_budget(method: str, rule: str) -> None:
+    model = build_llama(dora=METHODS[method].dora)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+    optimizer = build_optimizer(model, method, rule, lr=3e-3)
+    losses = train_steps(model, optimizer, STEPS)
+    assert losses[-1] < losses[0] - 0.02
+    assert all(math.isfinite(loss) for loss in losses)
+    ranks = list(optimizer.ranks().values())
+    if METHODS[method].singular_values:
+        assert sum(ranks) == optimizer.live == 2 * len(ranks)
+        for module, rank in zip(optimizer.layout.modules, ranks, strict=True):
+            assert int((module.a.detach().abs().sum(1) > 0).sum()) == rank, "the model's own weights have that rank"
+    else:
+        assert set(ranks) == {optimizer.layout.rank}
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+
+
+@pytest.mark.parametrize(("method", "rule"), VARIANTS)
+def test_state_comes_back_bit_by_bit(method: str, rule: str) -> None:
+    def fresh():
+        model = build_llama(dora=METHODS[method].dora)
+        return model, build_optimizer(model, method, rule)
+
+    model, optimizer = fresh()
+    train_steps(model, optimizer, 9)
+    saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    whole = train_steps(model, optimizer, 9)
+
+    model, optimizer = fresh()
+    train_steps(model, optimizer, 3, build_batch(seed=8))
+    model.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[0])
+    assert train_steps(model, optimizer, 9) == whole
+
+
+def test_state_of_another_run_is_refused() -> None:
+    state = build_optimizer(build_llama(), "adalora").state_dict()
+    with pytest.raises(ValueError, match="the state is of method 'adalora', this run's is 'lora'"):
+        build_optimizer(build_llama(), "lora").load_state_dict(state)
+    with pytest.raises(ValueError, match="other adapted modules"):
+        build_optimizer(build_llama(layers=1), "adalora").load_state_dict(state)
+    with pytest.raises(ValueError, match=r"does not fit this model and method: .*shape"):
+        build_optimizer(build_llama(rank=2), "adalora", target_rank=1).load_state_dict(state)
+
+
+def test_lora_is_adamw_on_a_and_b() -> None:
+    ours, theirs = build_llama(), build_llama()
+    optimizer = build_optimizer(ours, "lora", lr=1e-2)
+    parameters = [p for p in theirs.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    ids, losses = build_batch(), []
+    for _ in range(12):
+        loss = theirs(input_ids=ids, labels=ids).loss
+        loss.backward()
+        adamw.step()
+        adamw.zero_grad()
+        losses.append(loss.item())
+    assert train_steps(ours, optimizer, 12) == pytest.approx(losses, rel=1e-10)
+    mine = adapter(ours)
+    for name, wanted in adapter(theirs).items():
+        torch.testing.assert_close(mine[name], wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_initial_model_is_the_base_model() -> None:
+    ids = build_batch()
+    for method, rule in VARIANTS:
+        model = build_llama(dora=METHODS[method].dora)
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+        build_optimizer(model, method, rule)
+        torch.testing.assert_close(model(input_ids=ids).logits, base, rtol=1e-9, atol=1e-9)
+
+
+def test_dora_magnitudes_move() -> None:
+    model = build_llama(dora=True)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "magnitude" in n}
+    train_steps(model, build_optimizer(model, "hyperdora"), 5)
+    assert before
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("method", ["dylora", "hyperdylora"])
+def test_dylora_trains_truncated_and_shows_the_full_rank(method: str) -> None:
+    model = build_llama()
+    optimizer = build_optimizer(model, method)
+    ids = build_batch()
+    seen = set()
+    for _ in range(24):
+        model.train()
+        model(input_ids=ids)
+        seen |= {int((m.a.detach().abs().sum(1) > 0).sum()) for m in optimizer.layout.modules}
+        train_steps(model, optimizer, 1)
+    assert seen == {1, 2, 3, 4}
+    model.eval()
+    with torch.no_grad():
+        evaluated = model(input_ids=ids).logits
+    assert all((m.a.detach().abs().sum(1) > 0).all() for m in optimizer.layout.modules)
+    model.train()
+    model(input_ids=ids)
+    saved = model.state_dict()
+    other = build_llama()
+    other.load_state_dict(saved)
+    torch.testing.assert_close(other.eval()(input_ids=ids).logits, evaluated)
+
+
+# ---------------------------------------------------------------- steps that must not be taken
+
+
+@pytest.mark.parametrize("where", ["gradient", "metric"])
+@pytest.mark.parametrize(("method", "rule"), VARIANTS)
+def test_a_non_finite_step_changes_nothing(method: str, rule: str, where: str) -> None:
+    model = build_llama(dora=METHODS[method].dora)
+    # At the schedule of build_optimizer, step 12 prunes.
+    optimizer = build_optimizer(model, method, rule, pruning=Pruning(interval=100, start=6, final=10))
+    train_steps(model, optimizer, 6)
+    before = {k: v.clone() for k, v in optimizer.state_dict()["state"].items() if k != "rule_step"}
+    weights = adapter(model)
+    ids = build_batch()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    metric = loss.detach().reshape(1)
+    if where == "gradient":
+        optimizer.layout.modules[3].b.grad[0, 0] = float("nan")
+    else:
+        metric = metric * float("inf")
+    optimizer.step(metrics=metric)
+    assert optimizer.stats["found_inf"].item() == 1
+    for name, tensor in optimizer.state_dict()["state"].items():
+        if name in before:
+            assert torch.equal(tensor, before[name]), name
+    if not METHODS[method].truncated:
+        for name, tensor in adapter(model).items():
+            assert torch.equal(tensor, weights[name]), name
+    optimizer.zero_grad()
+    losses = train_steps(model, optimizer, 3)
+    assert all(math.isfinite(x) for x in losses)
+    assert optimizer.stats["found_inf"].item() == 0
+
+
+def test_clipping_bounds_the_norm_and_nothing_else() -> None:
+    """Adam is blind to the size of all gradients, not to one step's: clip one step of three, then compare."""
+    losses = []
+    for limit in (None, 1e9, 1e-3):
+        model = build_llama()
+        optimizer = build_optimizer(model, "adalora", max_grad_norm=limit, gamma=0.0)
+        losses.append(train_steps(model, optimizer, 3))
+        assert optimizer.stats["grad_norm"].item() > 1e-3
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+# ---------------------------------------------------------------- several workers
+
+
+def worker(rank: int, folder: str, method: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = build_llama()
+    optimizer = build_optimizer(model, method, process_group=dist.group.WORLD)
+    ids = build_batch().chunk(2)[rank]
+    losses = []
+    for step in range(14):
+        loss = model(input_ids=ids, labels=ids).loss
+        if step == 10 and rank == 1:
+            loss = loss * float("nan")
+        loss.backward()
+        optimizer.step(metrics=loss.detach().reshape(1))
+        optimizer.zero_grad()
+        losses.append(optimizer.stats["metrics"].item())
+    torch.save({"losses": losses, "adapter": adapter(model)}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["hyperadalora", "adalora"])
+def test_two_processes_are_one_and_a_bad_step_of_one_is_skipped_by_both(method: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(worker, (folder, method), nprocs=2)
+        one, two = (torch.load(Path(folder) / f"{rank}.pt") for rank in range(2))
+    for name, tensor in one["adapter"].items():
+        assert torch.equal(tensor, two["adapter"][name]), name
+    model = build_llama()
+    optimizer = build_optimizer(model, method)
+    alone = train_steps(model, optimizer, 10)
+    # transformers computes the loss in float32, whatever the model's dtype.
+    assert one["losses"][:10] == pytest.approx(alone, abs=2e-6)
+    assert math.isnan(one["losses"][10])
+    assert one["losses"][11] == pytest.approx(train_steps(model, optimizer, 1)[0], abs=2e-6)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "qlora"}, "method 'qlora' is unknown; allowed: lora, dora"),
+        ({"initialization": "zeros"}, "initialization 'zeros' is unknown; allowed: orthonormal, gaussian"),
+        ({"method": "dora"}, "method 'dora' needs DoRA layers"),
+        ({"target_rank": 5}, "target_rank=5; allowed: above 0, up to the initial rank 4"),
+        ({"target_rank": 0}, "target_rank=0; allowed: above 0"),
+        ({"total_steps": None}, "target_rank needs total_steps"),
+        ({"adapter_name": "other"}, "no linear LoRA layer with an adapter named 'other'"),
+        ({"hypernetwork": HypernetworkSpec(hidden_size=10, heads=3)}, "heads=3 must divide hidden_size=10"),
+    ],
+)
+def test_arguments(changes: dict, message: str) -> None:
+    arguments = {"method": "hyperadalora", "total_steps": 40, "target_rank": 2, **changes}
+    with pytest.raises(ValueError, match=message):
+        HyperAdaLoRA(build_llama(), **arguments)
+
+
+def test_too_many_metrics() -> None:
+    model = build_llama()
+    optimizer = build_optimizer(model)
+    with pytest.raises(ValueError, match="at most 4 metrics travel with a step, got 5"):
+        optimizer.step(metrics=torch.zeros(5))
+
+
+def test_a_model_whose_weights_were_replaced_is_found_again() -> None:
+    """Casting a model to its own dtype or reloading weights by assignment detaches them from the stacked buffers."""
+    model = build_llama()
+    optimizer = build_optimizer(model)
+    train_steps(model, optimizer, 2)
+    for module in optimizer.layout.modules:
+        module.a.data = module.a.data.clone()
+    losses = train_steps(model, optimizer, 6)
+    assert losses[-1] < losses[0]
+    assert all(c.attached() for c in optimizer.layout.classes)
+
+
+def test_bfloat16_adapters_keep_float32_factors() -> None:
+    model = build_llama(dtype=torch.bfloat16)
+    optimizer = build_optimizer(model, "hyperadalora", lr=3e-3)
+    losses = train_steps(model, optimizer, STEPS)
+    assert losses[-1] < losses[0] - 0.02
+    assert {t.dtype for t in optimizer.source.factors.tensors()} == {torch.float32}
+    assert optimizer.layout.modules[0].a.dtype == torch.bfloat16
+
+
+def test_a_scheduler_drives_all_rates() -> None:
+    optimizer = build_optimizer(build_llama(), trunk_lr=1e-3, output_lr=2e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    rates = [g["lr"] for g in optimizer.param_groups]
+    assert rates == [1e-2, 1e-3, 2e-3, 1e-2]
+    optimizer.step()
+    scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [r / 2 for r in rates]
+
+
+def test_rules_differ_in_what_they_learn() -> None:
+    """No two rules are the same by mistake."""
+    ends = []
+    for rule in RULES:
+        model = build_llama()
+        ends.append(round(train_steps(model, build_optimizer(model, "hyperadalora", rule), STEPS)[-1], 9))
+    assert len(set(ends)) == len(RULES)
