@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from hyperlora import checkpoint
+from hyperlora.adapters import BUILTIN
 from hyperlora.config import Recipe
 from hyperlora.optimizer import HyperAdaLoRA
 
@@ -127,12 +129,14 @@ def from_checkpoint(saved: checkpoint.Checkpoint) -> PlainAdapter:
     return PlainAdapter(pairs, tensors, config)
 
 
-def card_metrics(metric: str, evaluations: list[dict[str, float]]) -> dict[str, Any]:
-    """What a model card says of a checkpoint's quality: nothing if it was not measured after training."""
+def card_facts(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model card says of a checkpoint: steps, labels, and quality if it was measured after training."""
+    metric, evaluations = trainer["metric"], trainer["evaluations"]
+    facts = {"steps": trainer["step"], "labels": trainer["labels"]}
     if not evaluations or not evaluations[-1]["step"]:
-        return {}
+        return facts
     before = evaluations[0] if evaluations[0]["step"] == 0 else {}
-    return {"metric": metric, "metric_before": before.get(metric), "metric_after": evaluations[-1][metric]}
+    return facts | {"metric": metric, "metric_before": before.get(metric), "metric_after": evaluations[-1][metric]}
 
 
 def write_adapter(uri: str, adapter: PlainAdapter, recipe: Recipe, outcome: dict[str, Any]) -> None:
@@ -160,8 +164,16 @@ def model_card(adapter: PlainAdapter, recipe: Recipe, outcome: dict[str, Any]) -
         before = outcome.get("metric_before")
         start = "" if before is None else f" (base model {before:.4f})"
         rows.append((f"held-out {metric}", f"{outcome['metric_after']:.4f}{start}"))
+    labels = outcome["labels"]
+    if labels:
+        rows.append(("labels", ", ".join(f"{n} {label}" for n, label in enumerate(labels))))
     table = "\n".join(f"| {k} | {v} |" for k, v in rows)
-    loader = "AutoModelForSequenceClassification" if recipe.task.kind == "classification" else "AutoModelForCausalLM"
+    loader = "AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM"
+    imports, path = "", json.dumps(recipe.model.path)
+    if recipe.model.path.startswith(BUILTIN):
+        imports, path = "from hyperlora.adapters import resolve_path\n", f"resolve_path({path})"
+    more = f", num_labels={len(labels)}" if labels else ""
+    more += f", revision={json.dumps(recipe.model.revision)}" if recipe.model.revision else ""
     return f"""---
 base_model: "{recipe.model.path}"
 library_name: peft
@@ -179,8 +191,8 @@ directions are gone, so that it is an ordinary PEFT LoRA adapter.
 ```python
 from peft import PeftModel
 from transformers import {loader}
-
-base = {loader}.from_pretrained({json.dumps(recipe.model.path)})
+{imports}
+base = {loader}.from_pretrained({path}{more})
 model = PeftModel.from_pretrained(base, ".")
 ```
 """

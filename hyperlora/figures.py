@@ -21,17 +21,15 @@ def rank_table(outcome: Mapping[str, Any]) -> tuple[list[str], list[str], np.nda
 
 
 def shortest_labels(parts: Sequence[str]) -> list[str]:
-    """The last words of each dotted name that tell it from the others, without a ``_proj`` that all of them end in."""
-    split = [part.split(".") for part in parts]
+    """The last words of each dotted name that tell it from the others, without a last ``dense`` or ``_proj``."""
+    split = [part.removesuffix(".dense").split(".") for part in parts]
     labels = []
     for words in split:
         length = 1
         while length < len(words) and sum(other[-length:] == words[-length:] for other in split) > 1:
             length += 1
-        labels.append(".".join(words[-length:]))
-    if all(label.endswith("_proj") for label in labels):
-        return [label.removesuffix("_proj") for label in labels]
-    return labels
+        labels.append(".".join(words[-length:]).removesuffix("_proj"))
+    return labels if len(set(labels)) == len(labels) else list(parts)
 
 
 def rank_heat_map(outcome: Mapping[str, Any]) -> Figure:

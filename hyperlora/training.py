@@ -389,6 +389,7 @@ class Trainer:
         return {
             "name": self.recipe.name,
             "method": self.recipe.method,
+            "labels": list(self.task.labels),
             "metric": self.task.metric,
             "higher_is_better": self.task.higher_is_better,
             "metric_before": before.get(self.task.metric),
@@ -443,6 +444,7 @@ class Trainer:
                 "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
                 "losses": self.losses,
                 "metric": self.task.metric,
+                "labels": list(self.task.labels),
                 "evaluations": self.evaluations,
                 "rank_history": self.rank_history,
                 "training_seconds": self.training_seconds,

@@ -20,14 +20,12 @@ def main(args: Namespace, console: Console) -> int:
         raise RecipeError([Problem("DIR", target, "a new or an empty folder")])
     adapter = export.from_checkpoint(saved)
     recipe = parse(saved.trainer["recipe"])
-    evaluations = saved.trainer["evaluations"]
-    outcome = {"steps": saved.trainer["step"], **export.card_metrics(saved.trainer["metric"], evaluations)}
     if args.uniform_rank:
         try:
             adapter = adapter.padded()
         except ValueError as error:
             raise RecipeError([Problem("--uniform-rank", args.source, str(error))]) from error
-    export.write_adapter(target, adapter, recipe, outcome)
+    export.write_adapter(target, adapter, recipe, export.card_facts(saved.trainer))
     ranks = {name: a.shape[0] for name, (a, _) in adapter.pairs.items()}
     summary = {
         "adapter": target,

@@ -25,6 +25,7 @@ class Task(ABC):
         metric: name of the held-out metric.
         higher_is_better: whether a larger metric is better.
         num_labels: classes of a classifier, None for a causal LM.
+        labels: their names in order of the index, empty for a causal LM.
         train, held_out: Arrow data sets with ``input_ids``, ``labels`` and ``weight``, the number of targets in a row's
             loss.
     """
@@ -32,6 +33,7 @@ class Task(ABC):
     metric: str
     higher_is_better: bool = True
     num_labels: int | None = None
+    labels: tuple[str, ...] = ()
     train: Dataset
     held_out: Dataset
 

@@ -38,7 +38,7 @@ class Classification(Task):
             value = sorted(unknown)[:5] if unknown else names
             raise RecipeError([Problem("data.labels", value, f"two labels or more, all in: {', '.join(names)}")])
         self.label_index = {name: n for n, name in enumerate(names)}
-        self.num_labels = len(names)
+        self.num_labels, self.labels = len(names), names
         self.train = self._encode(train)
         self.held_out = self._encode(held_out)
 

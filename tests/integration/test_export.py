@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,34 @@ def test_damaged_checkpoints_are_refused(recipe_file: Path, tmp_path: Path, capf
     assert json.loads((tmp_path / "b.json").read_text())["step"] == 15
     assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "c")]) == 2
     assert "neither a checkpoint nor a checkpoints folder" in capfd.readouterr().err.replace("\n", " ")
+
+
+def run_card(folder: Path) -> dict:
+    """Run the Python of a model card from its own folder, as its reader would."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    found: dict = {}
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        exec(code, found)
+    finally:
+        os.chdir(before)
+    return found
+
+
+def test_the_code_of_the_model_card_loads_the_adapter(recipe_file: Path, tmp_path: Path) -> None:
+    _, trainer = trained(
+        recipe_file,
+        model={"path": "builtin:storylm"},
+        task__kind="classification",
+        data__source="entailment",
+        data__text="sentence1",
+        data__text_pair="sentence2",
+        adapter__modules_to_save=["score"],
+    )
+    assert main(["export", str(recipe_file.parent / "run"), str(tmp_path / "mine")]) == 0
+    for folder in (recipe_file.parent / "run/adapter", tmp_path / "mine"):
+        model = run_card(folder)["model"].eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, trainer.model(IDS).logits, rtol=0, atol=1e-5)
+        assert "0 entailment, 1 not_entailment" in (folder / "README.md").read_text()
