@@ -125,6 +125,7 @@ class OptimizerConfig(Section):
     trunk_lr: Rate | None = Field(None, description="of the hypernetworks' trunks; null: lr")
     output_lr: Rate | None = Field(None, description="of the hypernetworks' output maps; null: lr")
     other_lr: Rate | None = Field(None, description="of heads and magnitudes; null: lr")
+    lambda_ratio: Rate = Field(1.0, description="learning rates of λ and H_Λ over those of P, Q, H_P and H_Q")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of the moments")
     eps: Rate = Field(1e-8, description="added to the root of the second moment")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled, per unit of learning rate")

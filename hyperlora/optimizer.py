@@ -81,6 +81,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         trunk_lr: of the hypernetworks without their output maps; ``None`` takes ``lr``.
         output_lr: of the output maps; ``None`` takes ``lr``.
         other_lr: of all other trainable parameters; ``None`` takes ``lr``.
+        lambda_ratio: learning rates of λ and H_Λ over those of P, Q, H_P and H_Q.
         total_steps: T, optimizer steps of the whole run; needed when ranks are to fall.
         target_rank: mean rank over the modules at the end; ``None`` keeps the initial rank.
         pruning: schedule and score; used by methods with singular values.
@@ -109,6 +110,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         trunk_lr: float | None = None,
         output_lr: float | None = None,
         other_lr: float | None = None,
+        lambda_ratio: float = 1.0,
         total_steps: int | None = None,
         target_rank: float | None = None,
         pruning: Pruning | None = None,
@@ -135,6 +137,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         self.layout = FactorLayout(modules)
         self._adam_settings = adam or AdamSettings()
         self._gamma = gamma if self.method.singular_values else 0.0
+        self._lambda_ratio = lambda_ratio
         self._max_grad_norm = max_grad_norm
         self._seed = seed
         self._process_group = process_group
@@ -313,7 +316,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             gradients = Factors(gradients.p, None, self._scale_rows(gradients.q, written))
 
         factor_group, trunk_group, output_group, other_group = self.param_groups
-        rates = LearningRates(factor_group["lr"], trunk_group["lr"], output_group["lr"])
+        rates = LearningRates(factor_group["lr"], trunk_group["lr"], output_group["lr"], self._lambda_ratio)
         self.source.advance(gradients, rates, found_inf, self._live_tokens())
         self._adam_other.step(self._grad_other, other_group["lr"], found_inf)
         self.steps_done += 1

@@ -165,6 +165,7 @@ def build_optimizer(recipe: Recipe, model: PeftModel, total_steps: int, world: W
             trunk_lr=o.trunk_lr,
             output_lr=o.output_lr,
             other_lr=o.other_lr,
+            lambda_ratio=o.lambda_ratio,
             total_steps=total_steps,
             target_rank=recipe.target_rank,
             pruning=recipe.resolved_pruning(total_steps),

@@ -97,13 +97,34 @@ class Adam:
         return {f"{prefix}.{key}.{n}": t for key, tensors in named.items() for n, t in enumerate(tensors)}
 
 
+class FactorAdam:
+    """AdamW over P, Q and, at its own rate, λ."""
+
+    def __init__(self, factors: Factors, settings: AdamSettings) -> None:
+        self._matrices = Adam([*factors.p, *factors.q], settings)
+        self._lam = Adam([] if factors.lam is None else [factors.lam], settings)
+
+    def step(self, gradients: Factors, lr: float, ratio: float, found_inf: Tensor) -> None:
+        """``ratio`` is λ's learning rate over that of P and Q."""
+        self._matrices.step([*gradients.p, *gradients.q], lr, found_inf)
+        if gradients.lam is not None:
+            self._lam.step([gradients.lam], lr * ratio, found_inf)
+
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        return self._matrices.state(prefix) | self._lam.state(f"{prefix}.lam")
+
+
 @dataclass(frozen=True)
 class LearningRates:
-    """Learning rates of one step: factors (direct parameters), hypernetwork trunk, output maps."""
+    """Learning rates of one step: factors (direct parameters), hypernetwork trunk, output maps.
+
+    ``singular_values`` multiplies all three for λ and H_Λ.
+    """
 
     factors: float
     trunk: float
     output: float
+    singular_values: float = 1.0
 
 
 class FactorSource(Protocol):
@@ -129,10 +150,10 @@ class DirectFactors:
 
     def __init__(self, initial: Factors, settings: AdamSettings) -> None:
         self.factors = initial
-        self._adam = Adam(initial.tensors(), settings)
+        self._adam = FactorAdam(initial, settings)
 
     def advance(self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor]) -> None:
-        self._adam.step(gradients.tensors(), rates.factors, found_inf)
+        self._adam.step(gradients, rates.factors, rates.singular_values, found_inf)
 
     def state(self) -> dict[str, Tensor]:
         return {f"factors.{n}": t for n, t in enumerate(self.factors.tensors())} | self._adam.state("adam.factors")
@@ -156,14 +177,18 @@ class GeneratedFactors:
         live: list[Tensor],
     ) -> None:
         self.networks, self.rule = networks, rule
-        self._trunk: list[Tensor] = [*networks.trunk_parameters()]
-        self._output: list[Tensor] = [*networks.output_parameters()]
+        lam = set() if networks.lam is None else {id(p) for p in networks.lam.parameters()}
+        trunk, output = networks.trunk_parameters(), networks.output_parameters()
+        # Trunk and output maps of H_P and H_Q, then those of H_Λ, which has a rate of its own.
+        self._phi: list[list[Tensor]] = [
+            [p for p in part if (id(p) in lam) == of_lam] for of_lam in (False, True) for part in (trunk, output)
+        ]
+        self._output: list[Tensor] = [*output]
         # Token input of H, and the additive part θ_i, θ_0 or D.
         self._input = initial.like([t.clone() for t in initial.tensors()])
         self._base = initial.like([t.clone() for t in initial.tensors()])
-        self._adam_trunk = Adam(self._trunk, settings)
-        self._adam_output = Adam(self._output, settings)
-        self._adam_base = Adam(self._base.tensors() if rule.name == "hybrid" else [], settings)
+        self._adam_phi = [Adam(part, settings) for part in self._phi]
+        self._adam_base = FactorAdam(self._base, settings) if rule.name == "hybrid" else None
         self._step = torch.zeros((), dtype=torch.int64)
         self._generate(live)
 
@@ -189,20 +214,28 @@ class GeneratedFactors:
         pairs = zip(self._base.tensors(), self._generated, strict=True)
         return [base + self.rule.scale * out for base, out in pairs]
 
+    @property
+    def phi(self) -> list[Tensor]:
+        """Parameters of the hypernetworks: trunk and output maps of H_P and H_Q, then of H_Λ."""
+        return [p for part in self._phi for p in part]
+
     def gradients(self, gradients: Factors) -> list[Tensor]:
-        """Second stage: ∂L/∂Φ from the gradients of the factors, trunk first, then output maps."""
+        """Second stage: ∂L/∂Φ from the gradients of the factors, in the order of :attr:`phi`."""
         scale = 1.0 if self.rule.name == "generate" else self.rule.scale
         weighted = list(torch._foreach_mul(gradients.tensors(), scale))
-        return list(torch.autograd.grad(self._generated, [*self._trunk, *self._output], weighted))
+        return list(torch.autograd.grad(self._generated, self.phi, weighted))
 
     def advance(self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor]) -> None:
         phi = self.gradients(gradients)
-        self._adam_trunk.step(phi[: len(self._trunk)], rates.trunk, found_inf)
-        self._adam_output.step(phi[len(self._trunk) :], rates.output, found_inf)
+        speeds = [rates.trunk, rates.output, *(r * rates.singular_values for r in (rates.trunk, rates.output))]
+        for part, adam, rate in zip(self._phi, self._adam_phi, speeds, strict=True):
+            adam.step(phi[: len(part)], rate, found_inf)
+            phi = phi[len(part) :]
         name = self.rule.name
         self._step += 1
         if name == "hybrid":
-            self._adam_base.step(gradients.tensors(), rates.factors, found_inf)
+            assert self._adam_base is not None
+            self._adam_base.step(gradients, rates.factors, rates.singular_values, found_inf)
         elif name == "generate":
             self._keep(self._input, found_inf)
         elif name in ("residual", "friction"):
@@ -230,8 +263,12 @@ class GeneratedFactors:
         named = {f"input.{n}": t for n, t in enumerate(self._input.tensors())}
         named |= {f"base.{n}": t for n, t in enumerate(self._base.tensors())}
         named |= {f"hypernetwork.{n}": p.detach() for n, p in self.networks.named_parameters()}
-        named |= self._adam_trunk.state("adam.trunk") | self._adam_output.state("adam.output")
-        return named | self._adam_base.state("adam.base") | {"rule_step": self._step}
+        parts = ("trunk", "output", "lam.trunk", "lam.output")
+        for part, adam in zip(parts, self._adam_phi, strict=True):
+            named |= adam.state(f"adam.{part}")
+        if self._adam_base is not None:
+            named |= self._adam_base.state("adam.base")
+        return named | {"rule_step": self._step}
 
     def restored(self, live: list[Tensor]) -> None:
         self._generate(live)

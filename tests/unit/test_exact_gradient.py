@@ -64,7 +64,7 @@ def both_ways(
     """∂L/∂Φ of one step by autograd end to end and by the optimizer, and |λ·∂L/∂λ| by autograd."""
     ids = build_batch(seed=11)
     factors = source.factors.like(source.generated())
-    phi = [*source.networks.trunk_parameters(), *source.networks.output_parameters()]
+    phi = source.phi
     targets = phi if factors.lam is None else [*phi, factors.lam]
     gradients = list(torch.autograd.grad(whole_loss(model, optimizer, factors, ids), targets, retain_graph=True))
     importance = None if factors.lam is None else (factors.lam * gradients.pop()).abs().detach()
@@ -123,7 +123,7 @@ def test_penalty_enters_the_gradient_as_the_penalty_of_the_generated_factors(mon
         for place, index in enumerate(shape_class.members):
             live = x[place][optimizer.mask[index]]
             penalty = penalty + (live @ live.T - torch.eye(len(live))).square().sum() / modules
-    phi = [*source.networks.trunk_parameters(), *source.networks.output_parameters()]
+    phi = source.phi
     wanted = list(torch.autograd.grad(total + 0.3 * penalty, phi, retain_graph=True))
     reported = penalty.item()
     _, found, _ = both_ways(model, optimizer, source, monkeypatch)
