@@ -244,3 +244,24 @@ def test_state_of_other_names_or_shapes() -> None:
 def test_unknown_rule() -> None:
     with pytest.raises(ValueError, match="'momentum' is unknown; allowed: generate, residual, friction"):
         UpdateRule("momentum")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", [*RULES, "direct"])
+def test_singular_values_have_a_rate_of_their_own(rule: str) -> None:
+    """With the ratio at zero λ stays, and P and Q move as they do without it."""
+    if rule == "direct":
+        start = Factors([torch.ones(1, 3, 2)], torch.ones(1, 2), [torch.ones(1, 2, 3)])
+        sources = [DirectFactors(start.like([t.clone() for t in start.tensors()]), AdamSettings()) for _ in range(2)]
+        gradients, live = start, []
+    else:
+        benches = [Bench(rule), Bench(rule)]
+        sources = [b.source for b in benches]  # type: ignore[misc]
+        gradients, live = benches[0].gradients(), benches[0].live
+    before = sources[0].factors.lam.clone()
+    sources[0].advance(gradients, LearningRates(0.02, 0.005, 0.01, 0.0), TAKEN, live)
+    sources[1].advance(gradients, LearningRates(0.02, 0.005, 0.01, 1.0), TAKEN, live)
+    if rule != "generate":  # whose first λ is no output of a step
+        assert torch.equal(sources[0].factors.lam, before)
+    assert not torch.equal(sources[1].factors.lam, before)
+    for a, b in zip(sources[0].factors.p, sources[1].factors.p, strict=True):
+        assert torch.equal(a, b)
