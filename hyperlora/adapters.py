@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,8 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hyperlora.config import ModelConfig, Problem, Recipe, RecipeError
-from hyperlora.optimizer import METHODS
+from hyperlora.config import METHODS, ModelConfig, Problem, Recipe, RecipeError
 
 BUILTIN = "builtin:"
 
@@ -103,41 +102,75 @@ def build_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_labels: i
     )
 
 
-def lora_config(recipe: Recipe, num_labels: int | None) -> LoraConfig:
-    """PEFT's configuration of the adapter."""
+def lora_config(recipe: Recipe, num_labels: int | None, total_steps: int) -> LoraConfig:
+    """PEFT's configuration of the adapter for a run of ``total_steps`` optimizer steps."""
     adapter = recipe.adapter
     targets = adapter.target_modules
+    common: dict[str, Any] = {
+        "task_type": "CAUSAL_LM" if num_labels is None else "SEQ_CLS",
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "modules_to_save": list(adapter.modules_to_save) or None,
+        "base_model_name_or_path": recipe.model.path,
+        "revision": recipe.model.revision,
+    }
+    if recipe.method == "peft-adalora":
+        pruning = recipe.resolved_pruning(total_steps)
+        return AdaLoraConfig(
+            init_r=adapter.rank,
+            target_r=int(recipe.target_rank),
+            tinit=pruning.start,
+            tfinal=pruning.final,
+            deltaT=pruning.interval,
+            beta1=pruning.beta1,
+            beta2=pruning.beta2,
+            orth_reg_weight=recipe.gamma,
+            total_step=total_steps,
+            **common,
+        )
+    if recipe.method == "eva":
+        # A classifier's labels belong to rows, not to tokens, and select none.
+        common |= {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=2.0, use_label_mask=num_labels is None)}
     return LoraConfig(
-        task_type="CAUSAL_LM" if num_labels is None else "SEQ_CLS",
         r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
-        lora_dropout=adapter.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        modules_to_save=list(adapter.modules_to_save) or None,
         use_dora=METHODS[recipe.method].dora,
-        base_model_name_or_path=recipe.model.path,
-        revision=recipe.model.revision,
+        use_rslora=recipe.method == "rslora",
+        **common,
     )
 
 
 def build_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_labels: int | None, device: torch.device
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_labels: int | None, device: torch.device, total_steps: int
 ) -> PeftModel:
     """The base model with its adapter on ``device``; the same values on every worker.
 
     Raises:
-        RecipeError: the adapter's target modules are not in the model.
+        RecipeError: the adapter does not fit the model or the schedule does not fit the run.
     """
     base = build_base(recipe, tokenizer, num_labels)
     if recipe.model.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     torch.manual_seed(recipe.seed)
+    model = attach(base, recipe, num_labels, total_steps)
+    return prepare(model, recipe).to(device)
+
+
+def attach(base: PreTrainedModel, recipe: Recipe, num_labels: int | None, total_steps: int) -> PeftModel:
+    """The base model with its adapter, where it is (the meta device, too).
+
+    Raises:
+        RecipeError: as :func:`build_model`.
+    """
     try:
-        model = get_peft_model(base, lora_config(recipe, num_labels))
+        config = lora_config(recipe, num_labels, total_steps)
+    except ValueError as error:
+        raise RecipeError([Problem("pruning", recipe.pruning.model_dump(), str(error))]) from error
+    try:
+        return get_peft_model(base, config)
     except ValueError as error:
         raise RecipeError([Problem("adapter.target_modules", recipe.adapter.target_modules, str(error))]) from error
-    return prepare(model, recipe).to(device)
 
 
 def prepare(model: PeftModel, recipe: Recipe) -> PeftModel:

@@ -16,8 +16,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hyperlora.baselines import BASELINES, SINGLE_WORKER
 from hyperlora.hypernetworks import HypernetworkSpec, Kind
-from hyperlora.optimizer import METHODS, Initialization
+from hyperlora.optimizer import METHODS as FACTOR_METHODS
+from hyperlora.optimizer import Initialization
 from hyperlora.pruning import BudgetPlan, Pruning, Schedule, Score
 from hyperlora.update_rules import AdamSettings, Rule, UpdateRule
 
@@ -25,7 +27,20 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-MethodName = Literal["lora", "dora", "dylora", "adalora", "hyperlora", "hyperdora", "hyperdylora", "hyperadalora"]
+METHODS = FACTOR_METHODS | BASELINES
+MethodName = Literal[
+    "lora",
+    "dora",
+    "dylora",
+    "adalora",
+    "hyperlora",
+    "hyperdora",
+    "hyperdylora",
+    "hyperadalora",
+    "rslora",
+    "eva",
+    "peft-adalora",
+]
 assert set(MethodName.__args__) == set(METHODS)  # type: ignore[attr-defined]
 
 
@@ -231,7 +246,7 @@ class Recipe(Section):
             count=c.count,
             start=total_steps // 10 if c.start is None else c.start,
             final=2 * total_steps // 5 if c.final is None else c.final,
-            score=c.score,
+            score="adalora" if self.method == "peft-adalora" else c.score,  # PEFT has no other
             beta1=c.beta1,
             beta2=c.beta2,
         )
@@ -457,6 +472,10 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
     target = recipe.adapter.target_rank
     if target is not None and target > recipe.adapter.rank:
         add("adapter.target_rank", target, f"at most adapter.rank = {recipe.adapter.rank}")
+    if recipe.method in SINGLE_WORKER and r.num_workers > 1:
+        add("ray.num_workers", r.num_workers, f"1 for method={recipe.method}, which averages no gradients over workers")
+    if recipe.method == "peft-adalora":
+        found += _peft_adalora_problems(recipe)
     if d.source in ("files", "hub"):
         if d.root is None:
             what = "the folder that holds the files" if d.source == "files" else "the hub name of the data set"
@@ -477,6 +496,22 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
         add("task.max_new_tokens", recipe.task.max_new_tokens, f"less than task.max_length = {recipe.task.max_length}")
     if t.steps is not None and not found:
         found += schedule_problems(recipe, t.steps, modules=1)
+    return found
+
+
+def _peft_adalora_problems(recipe: Recipe) -> list[Problem]:
+    """What AdaLoRA as PEFT ships it cannot do."""
+    found = []
+    p, target, rank = recipe.pruning, recipe.target_rank, recipe.adapter.rank
+    if p.schedule != "cubic":
+        found.append(Problem("pruning.schedule", p.schedule, "cubic for method=peft-adalora: PEFT has no other"))
+    elif target != int(target) or target >= rank:
+        # PEFT counts target_r in whole directions, and its threshold fails on an empty selection.
+        allowed = f"a whole number below adapter.rank = {rank} for method=peft-adalora"
+        found.append(Problem("adapter.target_rank", target, allowed))
+    for name in ("beta1", "beta2"):
+        if getattr(p, name) == 0:
+            found.append(Problem(f"pruning.{name}", 0, "above 0 for method=peft-adalora"))
     return found
 
 

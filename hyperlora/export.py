@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from hyperlora import checkpoint
 from hyperlora.adapters import BUILTIN
+from hyperlora.baselines import AdapterOptimizer, UnequalLoRA
 from hyperlora.config import Recipe
 from hyperlora.optimizer import HyperAdaLoRA
 
@@ -62,17 +64,33 @@ class PlainAdapter:
         return replace(self, pairs={name: fill(a, b) for name, (a, b) in self.pairs.items()})
 
 
-def plain_adapter(model: PeftModel, optimizer: HyperAdaLoRA) -> PlainAdapter:
-    """The adapter as the optimizer's factors define it, scale baked into B, pruned directions dropped."""
+def plain_adapter(model: PeftModel, optimizer: AdapterOptimizer) -> PlainAdapter:
+    """The adapter as the optimizer defines it, scale baked into B, pruned directions dropped."""
     state = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model).items()}
+    if isinstance(optimizer, UnequalLoRA):
+        pairs = {name: (a.cpu().contiguous(), b.cpu().contiguous()) for name, (a, b) in optimizer.pairs().items()}
+    else:
+        pairs = _factor_pairs(state, optimizer)
+    others = {k: v for k, v in state.items() if not re.search(r"\.lora_[ABE]\b", k)}
+    config = _plain_config(model.peft_config["default"]).to_dict()
+    return PlainAdapter(pairs, others, json.loads(json.dumps(config, default=_jsonable)))
+
+
+def _factor_pairs(state: dict[str, Tensor], optimizer: HyperAdaLoRA) -> dict[str, tuple[Tensor, Tensor]]:
     live = optimizer.mask.cpu()
     pairs = {}
     for index, module in enumerate(optimizer.layout.modules):
-        a = state.pop(f"{PREFIX}{module.name}.lora_A.weight")[live[index]]
-        b = state.pop(f"{PREFIX}{module.name}.lora_B.weight")[:, live[index]] * module.scaling
+        a = state[f"{PREFIX}{module.name}.lora_A.weight"][live[index]]
+        b = state[f"{PREFIX}{module.name}.lora_B.weight"][:, live[index]] * module.scaling
         pairs[module.name] = (a.contiguous(), b.contiguous())
-    config = model.peft_config["default"].to_dict()
-    return PlainAdapter(pairs, state, json.loads(json.dumps(config, default=_jsonable)))
+    return pairs
+
+
+def _plain_config(config: Any) -> LoraConfig:
+    """The configuration of an ordinary LoRA adapter on the same modules; PEFT's AdaLoRA is folded into one."""
+    if isinstance(config, AdaLoraConfig):
+        return LoraConfig(**{f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.init})
+    return config
 
 
 def _jsonable(value: Any) -> Any:
@@ -105,6 +123,8 @@ def adapter_files(adapter: PlainAdapter) -> dict[str, bytes]:
         "target_modules": targets,
         "inference_mode": True,
         "init_lora_weights": True,
+        "eva_config": None,
+        "use_rslora": False,
     }
     tensors = dict(adapter.others)
     for name, (a, b) in pairs.items():
@@ -189,7 +209,7 @@ directions are gone, so that it is an ordinary PEFT LoRA adapter.
 {table}
 
 ```python
-from peft import PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from transformers import {loader}
 {imports}
 base = {loader}.from_pretrained({path}{more})

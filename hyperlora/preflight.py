@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
-from hyperlora.adapters import load_config, load_tokenizer, lora_config, model_problems, prepare
-from hyperlora.config import Problem, Recipe, RecipeError
-from hyperlora.optimizer import METHODS
+from hyperlora.adapters import attach, load_config, load_tokenizer, model_problems, prepare
+from hyperlora.config import METHODS, Problem, Recipe, RecipeError
 from hyperlora.tasks import Task, build_task
 from hyperlora.training import World, build_optimizer
 
@@ -67,17 +66,14 @@ class Estimate:
         return {**asdict(self), "memory_bytes": self.memory_bytes}
 
 
-def meta_model(recipe: Recipe, task: Task) -> PeftModel:
+def meta_model(recipe: Recipe, task: Task, total_steps: int) -> PeftModel:
     """The model and its adapter without memory behind them."""
     extra = {} if task.num_labels is None else {"num_labels": task.num_labels}
     config = load_config(recipe.model, **extra)
     factory = AutoModelForCausalLM if task.num_labels is None else AutoModelForSequenceClassification
     with torch.device("meta"):
         base = factory.from_config(config, dtype=getattr(torch, recipe.model.dtype))
-        try:
-            model = get_peft_model(base, lora_config(recipe, task.num_labels))
-        except ValueError as error:
-            raise RecipeError([Problem("adapter.target_modules", recipe.adapter.target_modules, str(error))]) from error
+        model = attach(base, recipe, task.num_labels, total_steps)
     return prepare(model, recipe)
 
 
@@ -110,13 +106,13 @@ def inspect(recipe: Recipe) -> Estimate:
     if rows < batch:
         raise RecipeError([Problem("training.batch_size", batch, f"at most the {rows} training rows")])
     steps = recipe.total_steps(rows)
-    model = meta_model(recipe, task)
+    model = meta_model(recipe, task, steps)
     base = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
     base_bytes = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".lora_" not in n)
     adapter_bytes = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    plain = METHODS[recipe.method].dora is False
+    plain = METHODS[recipe.method].dora is False and recipe.method != "peft-adalora"
     reference = recipe if recipe.method == "adalora" else recipe.model_copy(update={"method": "adalora"})
-    reference_model = copy.deepcopy(model) if plain else meta_model(reference, task)
+    reference_model = copy.deepcopy(model) if plain else meta_model(reference, task, steps)
     sizes, initial, target = _sizes(recipe, model, steps)
     adalora = _sizes(reference, reference_model, steps)[0]
     pruning = recipe.resolved_pruning(steps)

@@ -17,8 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hyperlora import checkpoint
 from hyperlora.adapters import build_model, load_tokenizer
+from hyperlora.baselines import SINGLE_WORKER, AdapterOptimizer, PeftAdaLoRA, UnequalLoRA
 from hyperlora.checkpoint import Checkpoint
 from hyperlora.config import OptimizerConfig, Problem, Recipe, RecipeError, schedule_problems
+from hyperlora.eva import EVA_BATCHES, redistribute_ranks
 from hyperlora.export import adapter_files, plain_adapter, write_adapter
 from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.tasks import Task, build_task
@@ -150,18 +152,22 @@ def schedule_factor(config: OptimizerConfig, step: int, total: int) -> float:
     return 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(recipe: Recipe, model: PeftModel, total_steps: int, world: World) -> HyperAdaLoRA:
+def build_optimizer(recipe: Recipe, model: PeftModel, total_steps: int, world: World) -> AdapterOptimizer:
     """The optimizer that a recipe describes.
 
     Raises:
         RecipeError: the pruning schedule cannot reach its target on this model, or a hypernetwork does not fit it.
     """
     o = recipe.optimizer
+    if recipe.method in SINGLE_WORKER:
+        kind = PeftAdaLoRA if recipe.method == "peft-adalora" else UnequalLoRA
+        adam = recipe.adam_settings()
+        return kind(model, o.lr, other_lr=o.other_lr, adam=adam, max_grad_norm=o.max_grad_norm)
     try:
         optimizer = HyperAdaLoRA(
             model,
             o.lr,
-            method=recipe.method,
+            method="lora" if recipe.method == "rslora" else recipe.method,  # the scale is the layers'
             trunk_lr=o.trunk_lr,
             output_lr=o.output_lr,
             other_lr=o.other_lr,
@@ -228,7 +234,9 @@ class Trainer:
         if rows < batch:
             raise RecipeError([Problem("training.batch_size", batch, f"at most the {rows} training rows")])
         self.total_steps = recipe.total_steps(rows)
-        self.model = build_model(recipe, self.tokenizer, self.task.num_labels, world.device)
+        self.model = build_model(recipe, self.tokenizer, self.task.num_labels, world.device, self.total_steps)
+        if recipe.method == "eva":
+            redistribute_ranks(self.model, recipe, self.task, self._first_rows(), world.device)
         self.optimizer = build_optimizer(recipe, self.model, self.total_steps, world)
         factor = lambda step: schedule_factor(recipe.optimizer, step, self.total_steps)  # noqa: E731
         self.scheduler = LambdaLR(self.optimizer, factor)
@@ -241,6 +249,11 @@ class Trainer:
         self.rank_history: list[tuple[int, int]] = [(0, self.optimizer.live)]
         self.training_seconds = 0.0
         self.tokens_seen = 0
+
+    def _first_rows(self) -> list[int]:
+        """Rows of the first training batches, in the order in which they will be trained on."""
+        batches = global_batches(len(self.task.train), self.recipe.training.batch_size, self.recipe.seed, 0)
+        return [row for _ in range(EVA_BATCHES) for row in next(batches)]
 
     # ---------------------------------------------------------------- evaluation
 
@@ -312,7 +325,7 @@ class Trainer:
         columns = {"loss": stats["metrics"][0], "grad_norm": stats["grad_norm"], "found_inf": stats["found_inf"]}
         if "penalty" in stats:
             columns["penalty"] = stats["penalty"]
-        if "importance" in stats:
+        if isinstance(self.optimizer, HyperAdaLoRA) and "importance" in stats:
             live = stats["importance"].masked_fill(~self.optimizer.mask, float("nan")).float().flatten()
             quantiles = torch.nanquantile(live, self._quantiles)
             columns |= {f"importance_q{n}": q for n, q in zip((10, 50, 90), quantiles, strict=True)}
