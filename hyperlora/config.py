@@ -160,6 +160,9 @@ class PruningConfig(Section):
     score: Score = Field("smoothed", description="|λ·∂L/∂λ|, its smoothed form, or AdaLoRA's over the triplet")
     beta1: Fraction = Field(0.85, description="decay of the smoothed score's mean (AdaLoRA's value)")
     beta2: Fraction = Field(0.85, description="decay of its uncertainty (AdaLoRA's value)")
+    reactivation: bool = Field(
+        False, description="pruned values may grow again until the last event, as published AdaLoRA's; method=adalora"
+    )
 
 
 class TrainingConfig(Section):
@@ -249,6 +252,7 @@ class Recipe(Section):
             score="adalora" if self.method == "peft-adalora" else c.score,  # PEFT has no other
             beta1=c.beta1,
             beta2=c.beta2,
+            reactivation=c.reactivation,
         )
 
     def with_absolute_paths(self) -> Recipe:
@@ -474,6 +478,8 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
         add("adapter.target_rank", target, f"at most adapter.rank = {recipe.adapter.rank}")
     if recipe.method in SINGLE_WORKER and r.num_workers > 1:
         add("ray.num_workers", r.num_workers, f"1 for method={recipe.method}, which averages no gradients over workers")
+    if recipe.pruning.reactivation and METHODS[recipe.method].hypernetwork:
+        add("pruning.reactivation", True, f"false for method={recipe.method}: a generated λ cannot be set to 0")
     if recipe.method == "peft-adalora":
         found += _peft_adalora_problems(recipe)
     if d.source in ("files", "hub"):

@@ -205,6 +205,10 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             raise ValueError("target_rank needs total_steps: the pruning schedule ends relative to it")
         if not 0 < target_rank <= self.layout.rank:
             raise ValueError(f"target_rank={target_rank}; allowed: above 0, up to the initial rank {self.layout.rank}")
+        if pruning.reactivation and self.method.hypernetwork:
+            raise ValueError(
+                "reactivation=True needs direct factors (method 'adalora'): a generated λ cannot be set to 0"
+            )
         return BudgetPlan(pruning, initial, max(1, round(target_rank * modules)), total)
 
     def _initial_factors(self, initialization: Initialization, dtype: torch.dtype) -> Factors:
@@ -302,22 +306,27 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         self._collect(metrics)
         norm, found_inf = self._norm_and_clip()
         factors = self.source.factors
+        zeroed: Tensor | None = None
         written = self._truncation() if self.method.truncated else self.mask.to(self._flat.dtype)
         gradients = self.layout.gradients(factors, written, self._grad_b, self._grad_a)
         self.stats |= {"grad_norm": norm, "found_inf": found_inf}
 
         if factors.lam is not None:
-            score = self._importance(factors, gradients, found_inf)
-            self.stats["importance"] = score
+            # The published sensitivity is that of the whole objective (eq. 4 and 8), the penalty's gradient included.
             if self._gamma:
                 self._add_penalty(factors, gradients)
-            self._prune(score)
+            score = self._importance(factors, gradients, found_inf)
+            self.stats["importance"] = score
+            zeroed = self._prune(score)
         elif self.method.truncated:
             gradients = Factors(gradients.p, None, self._scale_rows(gradients.q, written))
 
         factor_group, trunk_group, output_group, other_group = self.param_groups
         rates = LearningRates(factor_group["lr"], trunk_group["lr"], output_group["lr"], self._lambda_ratio)
         self.source.advance(gradients, rates, found_inf, self._live_tokens())
+        if zeroed is not None:
+            assert factors.lam is not None
+            factors.lam.masked_fill_(zeroed, 0.0)
         self._adam_other.step(self._grad_other, other_group["lr"], found_inf)
         self.steps_done += 1
         self._write()
@@ -392,11 +401,18 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         torch._foreach_add_([*gradients.p, *gradients.q], slopes, alpha=self._gamma)
         self.stats["penalty"] = value
 
-    def _prune(self, score: Tensor) -> None:
+    def _prune(self, score: Tensor) -> Tensor | None:
+        """Update the mask if an event is due; returns the λ (M, r) to zero once where they may grow again."""
         budget = self.plan.events.get(self.steps_done + 1)
-        if budget is not None:
-            self.mask.copy_(prune_to(self.mask, score, self.live, budget))
-            self.live = min(self.live, budget)
+        if budget is None:
+            return None
+        before = self.plan.initial if self._pruning.reactivation else self.live
+        kept = prune_to(self.mask, score, before, budget)
+        self.live = min(self.live, budget)
+        if self._pruning.reactivation and self.steps_done + 1 < self.plan.last:
+            return ~kept
+        self.mask.copy_(kept)
+        return None
 
     def _truncation(self) -> Tensor:
         """DyLoRA's mask (M, r) of the step at hand: the first b directions, b uniform in 1..r."""

@@ -34,6 +34,8 @@ class Pruning:
             and uncertainty; ``adalora`` adds the mean smoothed sensitivity of the direction in P and Q.
         beta1: decay of the running mean of the sensitivity.
         beta2: decay of the running mean of its uncertainty.
+        reactivation: pruned values are zeroed once and may grow again, to be chosen anew at the next event; the last
+            event is final. This is the published AdaLoRA (section 3.3); for direct factors. ``False`` never returns.
     """
 
     schedule: Schedule = "interval"
@@ -44,6 +46,7 @@ class Pruning:
     score: Score = "smoothed"
     beta1: float = 0.85
     beta2: float = 0.85
+    reactivation: bool = False
 
     def __post_init__(self) -> None:
         for field, value, allowed in (
@@ -114,7 +117,13 @@ class BudgetPlan:
         start, span = steps[0], max(self._last - steps[0], 1)
         for step in sorted({*steps, self._last}):
             left = (1 - (step - start) / span) ** 3 if step < self._last else 0.0
-            self.events[step] = self.target + round((self.initial - self.target) * left)
+            # The fraction is dropped, as in the authors' code.
+            self.events[step] = self.target + int((self.initial - self.target) * left)
+
+    @property
+    def last(self) -> int:
+        """The step of the last event; 0 when there is none."""
+        return max(self.events, default=0)
 
     def budget(self, step: int) -> int:
         """Live singular values after optimizer step ``step`` (1-based; 0 is the start)."""
