@@ -74,4 +74,4 @@ def redistribute_ranks(
 def _inputs(layer_input: Tensor | tuple[Tensor, ...], positions: Tensor, name: str) -> Tensor:
     """Rows of a module's input at the token positions (n, 2); all for a module that sees one row per example."""
     states = layer_input if isinstance(layer_input, Tensor) else layer_input[0]
-    return states if states.ndim == 2 else states[positions.T.unbind()]
+    return states.contiguous() if states.ndim == 2 else states[positions.T.unbind()]

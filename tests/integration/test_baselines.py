@@ -20,6 +20,14 @@ from pipelines.cli import main
 
 IDS = torch.tensor([[5, 9, 33, 7, 120, 4], [8, 8, 60, 2, 99, 31]])
 CUBIC = {"schedule": "cubic", "interval": 2, "start": 4, "final": 6}
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 1024,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 FIELD = ("rslora", "eva", "peft-adalora")
 
 
@@ -156,13 +164,27 @@ def test_a_step_that_is_not_finite_changes_nothing(recipe_file: Path) -> None:
         ({"adapter": {"rank": 4, "target_rank": 1.5}}, "adapter.target_rank", "a whole number"),
         ({"ray": {"num_workers": 2}}, "ray.num_workers", "1 for method=peft-adalora"),
         ({"pruning": CUBIC | {"start": 14}}, "pruning", "budgeting phase"),
+        ({"method": "eva", "ray": {"num_workers": 2}}, "ray.num_workers", "1 for method=eva"),
+        ({"method": "hyperadalora", "pruning": {"reactivation": True}}, "pruning.reactivation", "false for method"),
     ],
 )
-def test_what_peft_adalora_cannot_do_is_said(recipe_file: Path, changes: dict, field: str, allowed: str) -> None:
+def test_what_cannot_be_done_is_said(recipe_file: Path, changes: dict, field: str, allowed: str) -> None:
     content = read_yaml(recipe_file) | {"method": "peft-adalora", "pruning": CUBIC} | changes
     with pytest.raises(RecipeError) as caught:
         inspect(parse(content))
     assert any(p.field == field and allowed in p.allowed for p in caught.value.problems), caught.value
+
+
+def test_eva_takes_a_pooler_that_sees_one_row_per_example(recipe_file: Path) -> None:
+    content = read_yaml(recipe_file) | {"method": "eva", "task": {"kind": "classification"}}
+    content["model"] |= {"architecture": BERT, "dtype": "float32"}
+    content["data"] |= {"source": "entailment", "text": "sentence1", "text_pair": "sentence2"}
+    content["adapter"] = {"rank": 4, "modules_to_save": ["classifier"]}
+    trainer = trainer_of(parse(content), str(recipe_file.parent / "run"))
+    ranks = trainer.optimizer.ranks()
+    assert "bert.pooler.dense" in ranks
+    assert sum(ranks.values()) == 4 * 13
+    assert trainer.fit()["other_parameters"] == 2 * 32 + 2
 
 
 def test_eva_says_when_a_module_is_too_narrow(recipe_file: Path) -> None:
