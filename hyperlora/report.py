@@ -308,8 +308,8 @@ def _curves(contestants: Sequence[Contestant], looks: Mapping[str, Any], result:
 
     alt = "Smoothed training loss over optimizer steps, mean over seeds with a band, of every contestant"
     gap = "Difference of the smoothed training loss to the baseline's of the same seed, of every contestant"
-    first = _figure("loss", alt, 5.4, 3.6, losses)
-    second = _figure("gap", gap, 5.4, 3.6, gaps) if base else ""
+    first = _figure("loss", alt, 4.6, 3.4, losses)
+    second = _figure("gap", gap, 4.6, 3.4, gaps) if base else ""
     caption = "Mean over seeds; bands are one standard deviation. Right or below: paired difference, less is faster."
     return f'<div class="pair">{first}{second}</div><p class="quiet">{caption}</p>'
 
@@ -350,7 +350,7 @@ def _rows(
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
 
-    return f'<div class="one">{_figure(name, alt, 6.2, 0.9 + 0.46 * len(entries), draw)}</div>'
+    return f'<div class="one">{_figure(name, alt, 4.6, 0.9 + 0.46 * len(entries), draw)}</div>'
 
 
 def _forest(contestants: Sequence[Contestant], looks: Mapping[str, Any], result: Mapping[str, Any]) -> str:
@@ -428,7 +428,7 @@ def _search(contestants: Sequence[Contestant], looks: Mapping[str, Any], result:
     listed = "; ".join(f"{c['label']} {c['best_lr']:g}" for c in shown if c["best_lr"] is not None)
     alt = f"Final training loss against the learning rate, of every contestant. Best rates: {listed}"
     caption = f"Selected by {result['selection']}. A diamond marks the best rate; rates that failed have no point."
-    return f'<div class="one">{_figure("search", alt, 6.2, 3.8, draw)}</div><p class="quiet">{escape(caption)}</p>'
+    return f'<div class="one">{_figure("search", alt, 4.6, 3.4, draw)}</div><p class="quiet">{escape(caption)}</p>'
 
 
 def _rank_maps(contestants: Sequence[Contestant], result: Mapping[str, Any]) -> str:
