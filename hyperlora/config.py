@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hyperlora.baselines import BASELINES, SINGLE_WORKER
 from hyperlora.hypernetworks import HypernetworkSpec, Kind
 from hyperlora.optimizer import METHODS as FACTOR_METHODS
-from hyperlora.optimizer import Initialization
+from hyperlora.optimizer import Factorization, Initialization
 from hyperlora.pruning import BudgetPlan, Pruning, Schedule, Score
 from hyperlora.update_rules import AdamSettings, Rule, UpdateRule
 
@@ -116,6 +116,10 @@ class AdapterConfig(Section):
     dropout: Fraction = Field(0.0, description="on the adapter's input")
     modules_to_save: tuple[str, ...] = Field((), description="other modules trained in full, as PEFT's")
     initialization: Initialization = Field("orthonormal", description="of P and Q")
+    factorization: Factorization | None = Field(
+        None,
+        description="triplet: P, λ, Q as AdaLoRA updates them; fused: P and diag(λ)Q; null: fused with hypernetworks",
+    )
 
 
 class HypernetworkConfig(Section):

@@ -36,6 +36,7 @@ from hyperlora.update_rules import (
 )
 
 Initialization = Literal["orthonormal", "gaussian"]
+Factorization = Literal["triplet", "fused"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,9 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         adam: constants of AdamW.
         initialization: of P and Q: ``orthonormal`` directions, or ``gaussian`` entries of std 0.02 (PEFT's AdaLoRA).
             λ starts at zero. Methods without λ start from the values that PEFT gave A and B.
+        factorization: of methods with singular values. ``triplet`` updates P, λ and Q each for itself, as AdaLoRA does;
+            ``fused`` updates P and S = diag(λ)Q, so that λ_k = ‖S_k‖ and a direction turns as fast while its λ is small
+            as later. ``None`` takes ``fused`` for generated and ``triplet`` for direct factors.
         max_grad_norm: clip the averaged gradient of A, B and other parameters to this norm; ``None`` does not.
         seed: of factors, hypernetworks and truncation.
         process_group: average gradients over it in one all-reduce per step; ``None`` leaves that to the caller (DDP).
@@ -119,6 +123,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         update_rule: UpdateRule | None = None,
         adam: AdamSettings | None = None,
         initialization: Initialization = "orthonormal",
+        factorization: Factorization | None = None,
         max_grad_norm: float | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
@@ -129,11 +134,18 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         if initialization not in get_args(Initialization):
             allowed = ", ".join(get_args(Initialization))
             raise ValueError(f"initialization {initialization!r} is unknown; allowed: {allowed}")
+        if factorization not in (None, *get_args(Factorization)):
+            allowed = ", ".join(get_args(Factorization))
+            raise ValueError(f"factorization {factorization!r} is unknown; allowed: {allowed}")
         self.method = METHODS[method]
         self.method_name = method
         modules = adapted_modules(model, adapter_name)
         if self.method.dora and not all(m.dora for m in modules):
             raise ValueError(f"method {method!r} needs DoRA layers: LoraConfig(use_dora=True)")
+        #: Whether λ and Q are one tensor, S = diag(λ)Q.
+        self.fused = self.method.singular_values and (
+            factorization == "fused" or (factorization is None and self.method.hypernetwork)
+        )
         self.layout = FactorLayout(modules)
         self._adam_settings = adam or AdamSettings()
         self._gamma = gamma if self.method.singular_values else 0.0
@@ -157,7 +169,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             networks = build_networks(
                 self.layout,
                 hypernetwork or HypernetworkSpec(),
-                singular_values=self.method.singular_values,
+                start=self._start(),
                 rule=rule,
                 seed=seed,
             )
@@ -224,11 +236,19 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         def directions(members: int, dim: int, device: torch.device) -> Tensor:
             normal = torch.empty(members, dim, self.layout.rank).normal_(generator=rng)
             start = torch.linalg.qr(normal).Q if initialization == "orthonormal" else normal * 0.02
-            return start.to(device=device, dtype=dtype)
+            return start.to(device=device, dtype=dtype).contiguous()  # qr returns columns one after another
 
         p = [directions(len(c.members), c.dim, c.buffer.device) for c in outputs]
+        if self.fused:
+            return Factors(p, None, [torch.zeros_like(c.buffer, dtype=dtype) for c in inputs])
         q = [directions(len(c.members), c.dim, c.buffer.device).transpose(1, 2).contiguous() for c in inputs]
         return Factors(p, torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device), q)
+
+    def _start(self) -> tuple[float, float | None, float]:
+        """Norm of generated columns of P, of λ (None: no H_Λ) and of generated rows of Q or S under ``generate``."""
+        if not self.method.singular_values:
+            return 0.0, None, 1.0
+        return (1.0, None, 0.0) if self.fused else (1.0, 0.0, 1.0)
 
     def _allocate_gradients(self, dtype: torch.dtype, device: torch.device) -> None:
         """One flat buffer: B by class, A by class, other parameters, and room for the caller's metrics."""
@@ -245,12 +265,11 @@ class HyperAdaLoRA(torch.optim.Optimizer):
     def _build_smoothed(self) -> Smoothed | None:
         self._score = self._pruning_score()
         factors = self.source.factors
+        values = torch.zeros(self.mask.shape, dtype=self._flat.dtype, device=self.mask.device)
+        self._sensitivity = values if self._score == "sensitivity" and self.method.singular_values else None
         if self._score == "sensitivity":
-            self._sensitivity = None if factors.lam is None else torch.zeros_like(factors.lam)
             return None
-        self._sensitivity = None
-        assert factors.lam is not None
-        followed = [factors.lam] if self._score == "smoothed" else factors.tensors()
+        followed = [values] if self._score == "smoothed" else [*factors.p, values, *factors.q]
         return Smoothed(followed, self._pruning.beta1, self._pruning.beta2)
 
     def _pruning_score(self) -> str:
@@ -311,22 +330,21 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         gradients = self.layout.gradients(factors, written, self._grad_b, self._grad_a)
         self.stats |= {"grad_norm": norm, "found_inf": found_inf}
 
-        if factors.lam is not None:
+        if factors.lam is None and (self.fused or self.method.truncated):
+            gradients = Factors(gradients.p, None, self._scale_rows(gradients.q, written))
+        if self.method.singular_values:
             # The published sensitivity is that of the whole objective (eq. 4 and 8), the penalty's gradient included.
             if self._gamma:
                 self._add_penalty(factors, gradients)
             score = self._importance(factors, gradients, found_inf)
             self.stats["importance"] = score
             zeroed = self._prune(score)
-        elif self.method.truncated:
-            gradients = Factors(gradients.p, None, self._scale_rows(gradients.q, written))
 
         factor_group, trunk_group, output_group, other_group = self.param_groups
         rates = LearningRates(factor_group["lr"], trunk_group["lr"], output_group["lr"], self._lambda_ratio)
         self.source.advance(gradients, rates, found_inf, self._live_tokens())
         if zeroed is not None:
-            assert factors.lam is not None
-            factors.lam.masked_fill_(zeroed, 0.0)
+            self._zero(factors, zeroed)
         self._adam_other.step(self._grad_other, other_group["lr"], found_inf)
         self.steps_done += 1
         self._write()
@@ -371,33 +389,49 @@ class HyperAdaLoRA(torch.optim.Optimizer):
 
         A step that is skipped keeps the score of the step before, so that a pruning event on it does not follow noise.
         """
-        assert factors.lam is not None
-        assert gradients.lam is not None
+        sensitivity = self._lambda_sensitivity(factors, gradients)
         if self._smoothed is None:
             assert self._sensitivity is not None
-            score = (factors.lam * gradients.lam).abs()
-            self._sensitivity = torch.where(found_inf > 0, self._sensitivity, score)
+            self._sensitivity = torch.where(found_inf > 0, self._sensitivity, sensitivity)
             return self._sensitivity
         if self._score == "smoothed":
-            return self._smoothed.update([(factors.lam * gradients.lam).abs()], found_inf)[0]
-        products = torch._foreach_mul(factors.tensors(), gradients.tensors())
+            return self._smoothed.update([sensitivity], found_inf)[0]
+        products = [f * g for f, g in zip([*factors.p, *factors.q], [*gradients.p, *gradients.q], strict=True)]
         torch._foreach_abs_(products)
-        smooth = factors.like(self._smoothed.update(list(products), found_inf))
-        assert smooth.lam is not None
-        score = smooth.lam
-        for shape_class, p in zip(self.layout.outputs, smooth.p, strict=True):
+        n = len(factors.p)
+        smooth = self._smoothed.update([*products[:n], sensitivity, *products[n:]], found_inf)
+        score = smooth[n]
+        for shape_class, p in zip(self.layout.outputs, smooth[:n], strict=True):
             score.index_add_(0, shape_class.index, p.mean(1))
-        for shape_class, q in zip(self.layout.inputs, smooth.q, strict=True):
+        for shape_class, q in zip(self.layout.inputs, smooth[n + 1 :], strict=True):
             score.index_add_(0, shape_class.index, q.mean(2))
         return score
 
+    def _lambda_sensitivity(self, factors: Factors, gradients: Factors) -> Tensor:
+        """|λ·∂L/∂λ| (M, r); with S = diag(λ)Q it is |⟨S_k, ∂L/∂S_k⟩|, since λ scales S_k."""
+        if factors.lam is not None and gradients.lam is not None:
+            return (factors.lam * gradients.lam).abs()
+        sensitivity = torch.empty(self.mask.shape, dtype=self._flat.dtype, device=self.mask.device)
+        for shape_class, s, g in zip(self.layout.inputs, factors.q, gradients.q, strict=True):
+            sensitivity.index_copy_(0, shape_class.index, (s * g).sum(-1).abs_())
+        return sensitivity
+
     def _add_penalty(self, factors: Factors, gradients: Factors) -> None:
         """Add γ·∂R/∂P and γ·∂R/∂Q to the gradients of the loss."""
-        rows = [p.transpose(1, 2) for p in factors.p] + factors.q
+        n = len(factors.p)
+        directions, lengths = factors.q, []
+        if self.fused:
+            lengths = [torch.linalg.vector_norm(s, dim=-1, keepdim=True) for s in factors.q]
+            directions = [torch.where(d > 0, s / d, 0.0) for s, d in zip(factors.q, lengths, strict=True)]
+        rows = [*(p.transpose(1, 2) for p in factors.p), *directions]
         live = self.mask.to(self._flat.dtype)
         masks = [live.index_select(0, c.index) for c in self.layout.classes]
         value, slopes = orthogonality.penalty(rows, masks, len(self.layout.modules))
-        slopes = [s.transpose(1, 2) if n < len(factors.p) else s for n, s in enumerate(slopes)]
+        if self.fused:
+            # R depends on S through Q = S/‖S‖ alone: what lies along Q changes no direction.
+            parts = zip(slopes[n:], directions, lengths, strict=True)
+            slopes[n:] = [torch.where(d > 0, (g - (g * q).sum(-1, keepdim=True) * q) / d, 0.0) for g, q, d in parts]
+        slopes = [s.transpose(1, 2) if i < n else s for i, s in enumerate(slopes)]
         torch._foreach_add_([*gradients.p, *gradients.q], slopes, alpha=self._gamma)
         self.stats["penalty"] = value
 
@@ -413,6 +447,14 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             return ~kept
         self.mask.copy_(kept)
         return None
+
+    def _zero(self, factors: Factors, zeroed: Tensor) -> None:
+        """Set the λ of directions (M, r) to zero."""
+        if factors.lam is not None:
+            factors.lam.masked_fill_(zeroed, 0.0)
+            return
+        for shape_class, s in zip(self.layout.inputs, factors.q, strict=True):
+            s.masked_fill_(zeroed.index_select(0, shape_class.index).unsqueeze(-1), 0.0)
 
     def _truncation(self) -> Tensor:
         """DyLoRA's mask (M, r) of the step at hand: the first b directions, b uniform in 1..r."""
@@ -445,6 +487,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         gain = None
         if factors.lam is not None:
             gain = factors.lam * self.mask
+        elif self.fused:
+            gain = self.mask.to(self._flat.dtype)
         elif self.method.truncated and not full_rank:
             gain = self._truncation()
         self._full_rank_written = full_rank

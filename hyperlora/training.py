@@ -180,6 +180,7 @@ def build_optimizer(recipe: Recipe, model: PeftModel, total_steps: int, world: W
             update_rule=recipe.update_rule(),
             adam=recipe.adam_settings(),
             initialization=recipe.adapter.initialization,
+            factorization=recipe.adapter.factorization,
             max_grad_norm=o.max_grad_norm,
             seed=recipe.seed,
             process_group=world.group,

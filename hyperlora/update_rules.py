@@ -61,9 +61,14 @@ class AdamSettings:
 
 
 class Adam:
-    """AdamW over a list of tensors as one fused kernel; skips its step on the device when ``found_inf`` is 1."""
+    """AdamW over a list of tensors as one fused kernel; skips its step on the device when ``found_inf`` is 1.
+
+    The CPU's fused kernel pairs numbers by their place in memory and checks no strides, so everything that it is given
+    has to be contiguous.
+    """
 
     def __init__(self, tensors: list[Tensor], settings: AdamSettings) -> None:
+        assert all(t.is_contiguous() for t in tensors), "AdamW's fused kernel needs contiguous tensors"
         self._tensors, self._settings = tensors, settings
         self._mean = [torch.zeros_like(t) for t in tensors]
         self._square = [torch.zeros_like(t) for t in tensors]
@@ -75,7 +80,7 @@ class Adam:
         beta1, beta2 = self._settings.betas
         adamw(
             self._tensors,
-            gradients,
+            [g.contiguous() for g in gradients],
             self._mean,
             self._square,
             [],
@@ -278,20 +283,29 @@ class GeneratedFactors:
 
 
 def build_networks(
-    layout: FactorLayout, spec: HypernetworkSpec, *, singular_values: bool, rule: UpdateRule, seed: int
+    layout: FactorLayout,
+    spec: HypernetworkSpec,
+    *,
+    start: tuple[float, float | None, float],
+    rule: UpdateRule,
+    seed: int,
 ) -> HypernetworkTriple:
     """Hypernetworks that fit a model's shape classes; shared, or one set for each layer.
 
-    Under ``generate`` the output maps start so that columns of P and rows of Q have unit norm and λ (or, without λ,
-    P) is zero; under all other rules they start at zero, so that training starts from the initial factors.
+    Args:
+        layout: of the model.
+        spec: kind and size.
+        start: under ``generate``, the norms of columns of P, of λ (None: no H_Λ) and of rows of Q with which the
+            output maps start; under all other rules they start at zero, so that training starts from the initial
+            factors.
+        rule: how outputs become factors.
+        seed: of the initial values.
 
     Raises:
         ValueError: per-layer networks on a model whose layers differ, or ``heads`` that do not divide the hidden size.
     """
     groups = len({m.layer for m in layout.modules}) if spec.per_layer else 1
-    starts: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    if rule.name == "generate":
-        starts = (1.0, 0.0, 1.0) if singular_values else (0.0, 0.0, 1.0)
+    p, lam, q = start if rule.name == "generate" else (0.0, 0.0, 0.0)
     device, dtype = layout.classes[0].buffer.device, layout.classes[0].buffer.dtype
     networks = HypernetworkTriple(
         spec,
@@ -302,8 +316,8 @@ def build_networks(
         modules=len(layout.modules),
         rank=layout.rank,
         groups=groups,
-        singular_values=singular_values,
-        output_std=starts,
+        singular_values=start[1] is not None,
+        output_std=(p, lam or 0.0, q),
         seed=seed,
     )
     return networks.to(device=device, dtype=dtype if dtype.itemsize >= 4 else torch.float32)

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from hyperlora import HyperAdaLoRA, Pruning
 from hyperlora.factors import Factors
+from hyperlora.optimizer import Factorization
 from hyperlora.update_rules import GeneratedFactors
 
 
@@ -28,10 +29,19 @@ def trained(
     assert isinstance(optimizer.source, GeneratedFactors)
     if optimizer.method.singular_values:
         assert 0 < optimizer.live < optimizer.mask.numel()
-        lam = optimizer.source.factors.lam
-        assert lam is not None
-        assert lam[optimizer.mask].abs().min() > 0
+        assert singular_values(optimizer)[optimizer.mask].min() > 0
     return model, optimizer, optimizer.source
+
+
+def singular_values(optimizer: HyperAdaLoRA) -> Tensor:
+    """|λ| (M, r); ‖S_k‖ where λ and Q are one tensor."""
+    factors = optimizer.source.factors
+    if factors.lam is not None:
+        return factors.lam.abs()
+    result = torch.zeros(optimizer.mask.shape, dtype=factors.q[0].dtype)
+    for shape_class, s in zip(optimizer.layout.inputs, factors.q, strict=True):
+        result[shape_class.members] = s.norm(dim=-1)
+    return result
 
 
 def whole_loss(model: PeftModel, optimizer: HyperAdaLoRA, factors: Factors, ids: Tensor) -> Tensor:
@@ -43,7 +53,7 @@ def whole_loss(model: PeftModel, optimizer: HyperAdaLoRA, factors: Factors, ids:
             weights[names[id(optimizer.layout.modules[index].b)]] = p[place]
     for shape_class, q in zip(optimizer.layout.inputs, factors.q, strict=True):
         for place, index in enumerate(shape_class.members):
-            gain = 1.0 if factors.lam is None else (factors.lam * optimizer.mask)[index].unsqueeze(-1)
+            gain = (optimizer.mask if factors.lam is None else factors.lam * optimizer.mask)[index].unsqueeze(-1)
             weights[names[id(optimizer.layout.modules[index].a)]] = gain * q[place]
     assert len(weights) == 2 * len(optimizer.layout.modules)
     return functional_call(model, weights, (), {"input_ids": ids, "labels": ids}).loss
@@ -64,10 +74,13 @@ def both_ways(
     """∂L/∂Φ of one step by autograd end to end and by the optimizer, and |λ·∂L/∂λ| by autograd."""
     ids = build_batch(seed=11)
     factors = source.factors.like(source.generated())
-    phi = source.phi
-    targets = phi if factors.lam is None else [*phi, factors.lam]
-    gradients = list(torch.autograd.grad(whole_loss(model, optimizer, factors, ids), targets, retain_graph=True))
-    importance = None if factors.lam is None else (factors.lam * gradients.pop()).abs().detach()
+    # λ as a factor of its own: a gain of one on S, which scales ∂L/∂λ as λ does.
+    gain = torch.ones(optimizer.mask.shape, dtype=torch.float64, requires_grad=True)
+    scaled = [q * gain[c.members].unsqueeze(-1) for c, q in zip(optimizer.layout.inputs, factors.q, strict=True)]
+    loss = whole_loss(model, optimizer, Factors(factors.p, factors.lam, scaled), ids)
+    gradients = list(torch.autograd.grad(loss, [*source.phi, gain], retain_graph=True))
+    by_gain = gradients.pop().abs()
+    importance = by_gain if optimizer.method.singular_values else None
 
     found: list[Tensor] = []
     second_stage = source.gradients
@@ -85,11 +98,16 @@ def both_ways(
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointing"])
 @pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("factorization", ["triplet", "fused"])
 @pytest.mark.parametrize("rule", RULES)
 def test_gradient_and_importance_equal_autograd_end_to_end(
-    rule: str, accumulation: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+    rule: str,
+    factorization: Factorization,
+    accumulation: int,
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, optimizer, source = trained(rule, checkpointing=checkpointing)
+    model, optimizer, source = trained(rule, checkpointing=checkpointing, factorization=factorization)
     mask = optimizer.mask.clone()
     wanted, found, importance = both_ways(model, optimizer, source, monkeypatch, accumulation)
     assert relative_error(found, wanted) < 1e-8
@@ -111,14 +129,18 @@ def test_the_measure_sees_a_gradient_that_is_off(monkeypatch: pytest.MonkeyPatch
     assert relative_error([g * (1 + 1e-6) for g in found], wanted) > 1e-7
 
 
-def test_penalty_enters_the_gradient_as_the_penalty_of_the_generated_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, optimizer, source = trained("hybrid")
+@pytest.mark.parametrize("factorization", ["triplet", "fused"])
+def test_penalty_enters_the_gradient_as_the_penalty_of_the_generated_factors(
+    factorization: Factorization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer, source = trained("hybrid", factorization=factorization)
     optimizer._gamma = 0.3
     factors = source.factors.like(source.generated())
     ids, modules = build_batch(seed=11), len(optimizer.layout.modules)
     total = whole_loss(model, optimizer, factors, ids)
     penalty = torch.zeros((), dtype=torch.float64)
-    rows = [p.transpose(1, 2) for p in factors.p] + factors.q
+    directions = [q / q.norm(dim=-1, keepdim=True) for q in factors.q] if optimizer.fused else factors.q
+    rows = [p.transpose(1, 2) for p in factors.p] + directions
     for shape_class, x in zip(optimizer.layout.classes, rows, strict=True):
         for place, index in enumerate(shape_class.members):
             live = x[place][optimizer.mask[index]]

@@ -15,6 +15,7 @@ from models import RULES, VARIANTS, build_batch, build_llama, build_optimizer, t
 
 from hyperlora import METHODS, HyperAdaLoRA, Pruning
 from hyperlora.hypernetworks import HypernetworkSpec
+from hyperlora.update_rules import LearningRates
 
 STEPS = 30
 
@@ -284,3 +285,24 @@ def test_rules_differ_in_what_they_learn() -> None:
         model = build_llama()
         ends.append(round(train_steps(model, build_optimizer(model, "hyperadalora", rule), STEPS)[-1], 9))
     assert len(set(ends)) == len(RULES)
+
+
+@pytest.mark.parametrize("initialization", ["orthonormal", "gaussian"])
+@pytest.mark.parametrize("rule", ["direct", *RULES])
+def test_adam_moves_every_entry_of_p_against_its_own_gradient(initialization: str, rule: str) -> None:
+    """Adam's first step is the sign of the gradient; a factor stored column by column once got others' signs."""
+    model = build_llama()
+    method = "adalora" if rule == "direct" else "hyperadalora"
+    optimizer = build_optimizer(model, method, rule, initialization=initialization, gamma=0.0, factorization="triplet")
+    assert all(t.is_contiguous() for t in optimizer.source.factors.tensors())
+    if rule not in ("direct", "hybrid"):
+        return
+    source = optimizer.source
+    factors = source.factors if rule == "direct" else source._base
+    before = [t.clone() for t in factors.tensors()]
+    rng = torch.Generator().manual_seed(1)
+    gradients = factors.like([torch.randn(t.shape, generator=rng, dtype=t.dtype) for t in before])
+    rates = LearningRates(1e-2, 1e-2, 1e-2)
+    source.advance(gradients, rates, torch.zeros(()), optimizer._live_tokens())
+    for old, new, gradient in zip(before, factors.tensors(), gradients.tensors(), strict=True):
+        assert torch.allclose(new - old, -1e-2 * gradient.sign(), atol=1e-6)
