@@ -116,6 +116,10 @@ class BudgetPlan:
             left = (1 - (step - start) / span) ** 3 if step < self._last else 0.0
             self.events[step] = self.target + round((self.initial - self.target) * left)
 
+    def falls(self) -> list[int]:
+        """Optimizer steps (1-based) at which singular values are zeroed, in order."""
+        return [step for step, budget in self.events.items() if budget < self.budget(step - 1)]
+
     def budget(self, step: int) -> int:
         """Live singular values after optimizer step ``step`` (1-based; 0 is the start)."""
         past = [s for s in self.events if s <= step]
