@@ -89,11 +89,13 @@ def _curve(content: Any, window: int) -> list[float]:
     if isinstance(content, dict) and "contestants" in content:
         (baseline,) = (c for c in content["contestants"] if c["name"] == content["baseline"])
         smoothed = [trial["smoothed"] for trial in baseline["trials"]]
-        return [mean([float(x) for x in values]) for values in zip(*smoothed, strict=True)]
-    losses = [float(x) for x in (content["losses"] if isinstance(content, dict) else content)]
-    if not all(map(math.isfinite, losses)):
-        raise ValueError("not all losses are finite")
-    return trailing_mean(losses, window)
+        curve = [mean([float(x) for x in values]) for values in zip(*smoothed, strict=True)]
+    else:
+        losses = content["losses"] if isinstance(content, dict) else content
+        curve = trailing_mean([float(x) for x in losses], window)
+    if not curve or not all(map(math.isfinite, curve)):
+        raise ValueError("needs one finite loss or more")
+    return curve
 
 
 class Monitors:
@@ -150,13 +152,14 @@ class Monitors:
         self._evaluation = (step, value)
         if earlier is None or not any(earlier[0] < event <= step for event in self._events):
             return {}, []
+        name = self._metric.removeprefix("held_out_").replace("_", " ")
         fall = self._sign * (earlier[1] - value)
         statistic = in_units_of(fall, self._config.deviations * self._held_out_error(earlier[1], value))
         self._warn(
             "pruning_drop",
             step,
             statistic,
-            f"held-out {self._metric} went from {earlier[1]:.4g} at step {earlier[0]} to {value:.4g}, with pruning "
+            f"held-out {name} went from {earlier[1]:.4g} at step {earlier[0]} to {value:.4g}, with pruning "
             "between: prune less at once (pruning.interval, pruning.count), or less (adapter.target_rank)",
         )
         return {"monitor/held_out_drop": statistic}, self.warnings[before:]
