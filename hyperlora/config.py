@@ -208,6 +208,26 @@ class MLflowConfig(Section):
     experiment: str = Field("hyperlora", description="experiment name")
 
 
+class MonitorsConfig(Section):
+    """Warnings of a run that goes wrong; each is given once and changes nothing."""
+
+    baseline: str | None = Field(
+        None, description="file or URI of a result.json, comparison.json or list of losses; null: no stall monitor"
+    )
+    window: Annotated[int, Field(gt=1)] | None = Field(
+        None, description="optimizer steps that a loss is averaged over; null: a twentieth of the run, at least 10"
+    )
+    deviations: Rate = Field(5.0, description="standard errors that make a change of a loss or metric more than noise")
+    stall_slowdown: Annotated[float, Field(ge=1)] = Field(
+        2.0, description="the loss is compared with the baseline's after steps/stall_slowdown"
+    )
+    stall_margin: Rate = Field(0.2, description="fraction of the baseline's whole gain that it may lie above that")
+    gradient_factor: Annotated[float, Field(gt=1)] = Field(
+        6.0, description="gradient norm (median of 5 steps) over its median of the steps before"
+    )
+    gradient_history: Annotated[int, Field(ge=10)] = Field(50, description="optimizer steps of that earlier median")
+
+
 class Recipe(Section):
     """One run."""
 
@@ -224,6 +244,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     pruning: PruningConfig = PruningConfig()
     training: TrainingConfig = TrainingConfig()
+    monitors: MonitorsConfig = MonitorsConfig()
     ray: RayConfig = RayConfig()
     storage: StorageConfig = StorageConfig()
     mlflow: MLflowConfig = MLflowConfig()
@@ -270,11 +291,12 @@ class Recipe(Section):
             update={"path": absolute(self.model.path), "tokenizer": absolute(self.model.tokenizer)}
         )
         data = self.data.model_copy(update={"root": absolute(self.data.root)})
+        monitors = self.monitors.model_copy(update={"baseline": absolute(self.monitors.baseline)})
         mlflow = self.mlflow
         if mlflow.tracking_uri.startswith("sqlite:///"):
             database = Path(mlflow.tracking_uri.removeprefix("sqlite:///")).absolute()
             mlflow = mlflow.model_copy(update={"tracking_uri": f"sqlite:///{database}"})
-        return self.model_copy(update={"model": model, "data": data, "mlflow": mlflow})
+        return self.model_copy(update={"model": model, "data": data, "monitors": monitors, "mlflow": mlflow})
 
     def hypernetwork_spec(self) -> HypernetworkSpec:
         c = self.hypernetwork

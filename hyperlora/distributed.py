@@ -57,6 +57,9 @@ class _QueueSink:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._add("evaluation", step, metrics)
 
+    def warning(self, monitor: str, step: int, message: str) -> None:
+        self._add("warning", monitor, step, message)
+
     def flush(self) -> None:
         if self._events:
             self._queue.put_nowait_batch(self._events)

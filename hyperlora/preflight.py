@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hyperlora.adapters import attach, load_config, load_tokenizer, model_problems, prepare
 from hyperlora.config import METHODS, Problem, Recipe, RecipeError
+from hyperlora.monitors import read_baseline
 from hyperlora.tasks import Task, build_task
 from hyperlora.training import World, build_optimizer
 
@@ -106,6 +107,7 @@ def inspect(recipe: Recipe) -> Estimate:
     if rows < batch:
         raise RecipeError([Problem("training.batch_size", batch, f"at most the {rows} training rows")])
     steps = recipe.total_steps(rows)
+    read_baseline(recipe.monitors, steps)
     model = meta_model(recipe, task, steps)
     base = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
     base_bytes = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".lora_" not in n)

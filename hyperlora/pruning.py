@@ -125,6 +125,10 @@ class BudgetPlan:
         """The step of the last event; 0 when there is none."""
         return max(self.events, default=0)
 
+    def falls(self) -> list[int]:
+        """Optimizer steps (1-based) at which singular values are zeroed, in order."""
+        return [step for step, budget in self.events.items() if budget < self.budget(step - 1)]
+
     def budget(self, step: int) -> int:
         """Live singular values after optimizer step ``step`` (1-based; 0 is the start)."""
         past = [s for s in self.events if s <= step]

@@ -20,7 +20,15 @@ from hyperlora.tracking import flatten
 from hyperlora.training import RunInfo
 
 # What may change between a run and its resumption: where and on what it runs, not what it computes.
-FREE = ("ray.", "storage.", "mlflow.", "description", "training.checkpoint_every", "training.keep_checkpoints")
+FREE = (
+    "ray.",
+    "storage.",
+    "mlflow.",
+    "monitors.",
+    "description",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+)
 
 
 def absolute(uri: str) -> str:
@@ -119,6 +127,7 @@ def summary(outcome: Mapping[str, Any], wall_seconds: float) -> dict[str, Any]:
         "steps",
         "training_seconds",
         "workers",
+        "warnings",
         "adapter",
         "checkpoint",
         "mlflow_run_id",

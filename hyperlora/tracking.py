@@ -164,6 +164,7 @@ class MLflowSink:
         self._run_id = run_id
         self._interval = interval
         self._waiting: list[Metric] = []
+        self._tags: list[RunTag] = []
         self._lock = threading.Lock()
         self._closed = self._away = False
         self._wake = threading.Event()
@@ -185,6 +186,10 @@ class MLflowSink:
         if step > self._done["held_out_loss"]:
             self._add(step, metrics)
 
+    def warning(self, monitor: str, step: int, message: str) -> None:
+        with self._lock:
+            self._tags.append(RunTag(f"hyperlora.warning.{monitor}", f"step {step}: {message}"))
+
     def _add(self, step: int, metrics: dict[str, float]) -> None:
         now = int(time.time() * 1000)
         with self._lock:
@@ -194,7 +199,7 @@ class MLflowSink:
         """Wait until everything is delivered, unless the server is away."""
         deadline = time.monotonic() + PATIENCE
         self._wake.set()
-        while self._waiting and not self._away and time.monotonic() < deadline:
+        while (self._waiting or self._tags) and not self._away and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def close(self) -> None:
@@ -204,7 +209,7 @@ class MLflowSink:
         for wait in (0, 1, 3):
             time.sleep(wait)
             self._send()
-            if not self._waiting:
+            if not (self._waiting or self._tags):
                 return
         logger.warning("%d metrics of MLflow run %s could not be delivered", len(self._waiting), self._run_id)
 
@@ -215,10 +220,11 @@ class MLflowSink:
             self._send()
 
     def _send(self) -> None:
-        while self._waiting:
-            batch = self._waiting[:BATCH]
+        while self._waiting or self._tags:
+            tags = list(self._tags)
+            batch = self._waiting[: BATCH - len(tags)]
             try:
-                self._client.log_batch(self._run_id, metrics=batch)
+                self._client.log_batch(self._run_id, metrics=batch, tags=tags)
             except (MlflowException, OSError) as error:
                 if not self._away:
                     logger.warning("MLflow is away, metrics wait for it: %s", str(error).splitlines()[0])
@@ -226,4 +232,4 @@ class MLflowSink:
                 return
             self._away = False
             with self._lock:
-                del self._waiting[: len(batch)]
+                del self._waiting[: len(batch)], self._tags[: len(tags)]

@@ -22,6 +22,7 @@ from hyperlora.checkpoint import Checkpoint
 from hyperlora.config import OptimizerConfig, Problem, Recipe, RecipeError, schedule_problems
 from hyperlora.eva import EVA_BATCHES, redistribute_ranks
 from hyperlora.export import adapter_files, plain_adapter, write_adapter
+from hyperlora.monitors import Monitors, MonitorWarning
 from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.tasks import Task, build_task
 
@@ -64,6 +65,9 @@ class Sink(Protocol):
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """An evaluation ended."""
 
+    def warning(self, monitor: str, step: int, message: str) -> None:
+        """A monitor found that the run goes wrong; once for each monitor."""
+
     def flush(self) -> None:
         """A checkpoint is about to be committed: what was reported before it will not be reported again."""
 
@@ -79,6 +83,8 @@ class Silent:
     def step(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def warning(self, monitor: str, step: int, message: str) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -102,6 +108,10 @@ class Tee:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         for sink in self._sinks:
             sink.evaluation(step, metrics)
+
+    def warning(self, monitor: str, step: int, message: str) -> None:
+        for sink in self._sinks:
+            sink.warning(monitor, step, message)
 
     def flush(self) -> None:
         for sink in self._sinks:
@@ -243,6 +253,15 @@ class Trainer:
         self.scheduler = LambdaLR(self.optimizer, factor)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad and ".lora_" not in n}
         self.trained |= {n: p for n, p in self.model.named_parameters() if ".lora_magnitude_vector." in n}
+        self.monitors = Monitors(
+            recipe.monitors,
+            total_steps=self.total_steps,
+            events=self.optimizer.plan.falls(),
+            metric=self.task.metric,
+            higher_is_better=self.task.higher_is_better,
+            held_out_rows=len(self.task.held_out),
+            batch_size=batch,
+        )
         self._quantiles = torch.tensor([0.1, 0.5, 0.9], device=world.device)
         self.step = 0
         self.losses: list[float] = []
@@ -277,8 +296,10 @@ class Trainer:
         if self.task.metric != "held_out_loss":
             result[self.task.metric] = self.task.metric_value(total)
         self.evaluations.append({"step": self.step, **result})
+        statistics, warnings = self.monitors.evaluation(self.step, result[self.task.metric])
         if self.world.rank == 0:
-            self.sink.evaluation(self.step, result)
+            self.sink.evaluation(self.step, result | statistics)
+        self._warn(warnings)
         return result
 
     # ---------------------------------------------------------------- one step
@@ -345,8 +366,15 @@ class Trainer:
                 f"taken and the last checkpoint is kept; lower optimizer.lr (now {self.recipe.optimizer.lr})"
             )
         self.losses.append(metrics["loss"])
+        statistics, warnings = self.monitors.step(pending.step, metrics["loss"], metrics["grad_norm"])
         if self.world.rank == 0:
-            self.sink.step(pending.step, metrics)
+            self.sink.step(pending.step, metrics | statistics)
+        self._warn(warnings)
+
+    def _warn(self, warnings: list[MonitorWarning]) -> None:
+        if self.world.rank == 0:
+            for warning in warnings:
+                self.sink.warning(warning.monitor, warning.step, warning.message)
 
     # ---------------------------------------------------------------- the run
 
@@ -436,6 +464,7 @@ class Trainer:
             "workers": self.world.size,
             "losses": self.losses,
             "evaluations": self.evaluations,
+            "warnings": [asdict(warning) for warning in self.monitors.warnings],
             "adapter": adapter,
             "checkpoint": checkpoint_uri,
             "mlflow_run_id": self.run.mlflow_run_id,
@@ -462,6 +491,7 @@ class Trainer:
                 "labels": list(self.task.labels),
                 "evaluations": self.evaluations,
                 "rank_history": self.rank_history,
+                "monitors": self.monitors.state_dict(),
                 "training_seconds": self.training_seconds,
                 "tokens_seen": self.tokens_seen,
                 "run": asdict(self.run),
@@ -497,6 +527,7 @@ class Trainer:
         self.losses = list(trainer["losses"])
         self.evaluations = list(trainer["evaluations"])
         self.rank_history = [(int(s), int(n)) for s, n in trainer["rank_history"]]
+        self.monitors.load_state_dict(trainer["monitors"])
         self.training_seconds = trainer["training_seconds"]
         self.tokens_seen = trainer["tokens_seen"]
 

@@ -6,6 +6,7 @@ import threading
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 
@@ -53,8 +54,12 @@ class ProgressSink:
             self._next_line = step + max(1, self._total // 10)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        shown = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in metrics.items())
+        seen = {k: v for k, v in metrics.items() if not k.startswith("monitor/")}
+        shown = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in seen.items())
         self._print(f"held out at step {step}: {shown}")
+
+    def warning(self, monitor: str, step: int, message: str) -> None:
+        self._print(f"[yellow]warning ({monitor.replace('_', ' ')}): {escape(message)}[/]")
 
     def flush(self) -> None:
         pass

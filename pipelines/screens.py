@@ -114,6 +114,10 @@ def summary(
             f"at {outcome['tokens_per_second']:,.0f} tokens/s",
         ),
     ]
+    rows += [
+        (f"warning, step {w['step']}", Text(f"{w['monitor'].replace('_', ' ')}: {w['message']}", style="yellow"))
+        for w in outcome["warnings"]
+    ]
     places = {"adapter": local(outcome["adapter"]), "checkpoint": local(outcome["checkpoint"])}
     if outcome["mlflow_run_id"]:
         places["MLflow run"] = f"{outcome['mlflow_run_id']} in {recipe.mlflow.tracking_uri}"

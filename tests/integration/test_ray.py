@@ -95,6 +95,17 @@ def test_errors_of_workers_reach_the_user(recipe_file: Path, capfd: pytest.Captu
 
 
 @pytest.mark.usefixtures("cluster")
+def test_warnings_of_workers_reach_the_user_once(recipe_file: Path, capsys: pytest.CaptureFixture) -> None:
+    changes = ["model.path=builtin:storylm", "model.init=pretrained", "training.steps=12", "optimizer.lr=1"]
+    result = run(recipe_file, *changes, "optimizer.warmup=0.9", *TWO)
+    (warning,) = result["warnings"]
+    assert warning["monitor"] == "gradient"
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("warning (gradient): gradient norm") == 1
+    assert f"warning, step {warning['step']} gradient: gradient norm" in out
+
+
+@pytest.mark.usefixtures("cluster")
 def test_more_than_the_cluster_has(recipe_file: Path, capfd: pytest.CaptureFixture) -> None:
     changes = ["ray.cpus_per_worker=3", "ray.gpus_per_worker=1"]
     assert main(["train", str(recipe_file), *changes, *TWO]) == 2
