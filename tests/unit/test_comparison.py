@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+from trials import STEPS, decay, plan, record, search
 
-from hyperlora.comparison import edge, final_loss, search_scores, select_rate
+from hyperlora.comparison import (
+    analyse,
+    edge,
+    final_loss,
+    interval,
+    monotone,
+    rank_stability,
+    search_scores,
+    seconds_at,
+    select_rate,
+    smoothed,
+    steps_to,
+)
 
 
 def tune(contestant: str, lr: float, level: float | None, status: str = "finished") -> dict[str, Any]:
@@ -42,3 +57,238 @@ def test_the_rate_is_selected_by_training_loss(levels: list[float | None], best:
     assert select_rate(records, "a") == best
     assert edge(records, "a") == side
     assert list(search_scores(records, "a")) == [lr for lr, _ in tried]
+
+
+# -------------------------------------------------------------------- reading one curve
+
+
+def test_monotone_fit_pools_rises_with_what_precedes_them() -> None:
+    np.testing.assert_allclose(monotone(np.array([5.0, 3.0, 4.0, 1.0])), [5, 3.5, 3.5, 1])
+    # A dip to 1 that does not last counts as the mean of what follows.
+    np.testing.assert_allclose(monotone(np.array([6.0, 1.0, 4.0, 4.0])), [6, 3, 3, 3])
+    np.testing.assert_allclose(monotone(np.array([1.0, 2.0, 3.0])), [2, 2, 2])
+    falling = np.array([4.0, 3.0, 1.0])
+    np.testing.assert_array_equal(monotone(falling), falling)
+
+
+def test_monotone_fit_is_the_nearest_of_all_non_increasing_curves() -> None:
+    rng = np.random.default_rng(3)
+    curve = rng.standard_normal(12)
+    fit = monotone(curve)
+    assert (np.diff(fit) <= 1e-12).all()
+    for _ in range(300):
+        other = np.sort(fit + 0.3 * rng.standard_normal(12))[::-1]
+        assert ((fit - curve) ** 2).sum() <= ((other - curve) ** 2).sum() + 1e-12
+
+
+def test_crossings_are_interpolated_and_lucky_dips_do_not_count() -> None:
+    falling = np.array([4.0, 3.0, 1.0, 0.5])
+    assert steps_to(falling, 3.0) == 2
+    assert steps_to(falling, 2.0) == 2.5
+    assert steps_to(falling, 9.0) == 1
+    assert steps_to(falling, 0.4) is None
+    assert steps_to(np.array([4.0, 0.5, 4.0, 3.0]), 1.0) is None
+
+
+def test_seconds_are_interpolated_within_a_step() -> None:
+    assert seconds_at([1.0, 3.0, 5.0], 2.0) == 4
+    assert seconds_at([1.0, 3.0, 5.0], 2.5) == 6.5
+    assert seconds_at([1.0], None) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_curve_reaches_its_own_final_loss(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    flat = rng.standard_normal(100)
+    for losses in (flat, flat + np.linspace(0, 3, 100), flat - np.linspace(0, 3, 100), np.ones(100)):
+        assert steps_to(smoothed(losses), final_loss(losses)) is not None
+
+
+# -------------------------------------------------------------------- intervals
+
+
+def test_bootstrap_interval_of_the_mean() -> None:
+    assert interval([]) == {"mean": None, "low": None, "high": None, "n": 0}
+    assert interval([3.0]) == {"mean": 3.0, "low": None, "high": None, "n": 1}
+    assert interval([2.0, 2.0, 2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0, "n": 3}
+    # Of two values the mean of a resample is 0, 1 or 2 with chances 1/4, 1/2, 1/4.
+    assert interval([0.0, 2.0]) == {"mean": 1.0, "low": 0.0, "high": 2.0, "n": 2}
+    assert interval([1.0, 4.0, 2.0]) == interval([1.0, 4.0, 2.0])
+
+
+def test_bootstrap_interval_is_that_of_the_normal_law_for_many_values() -> None:
+    values = np.random.default_rng(0).standard_normal(400)
+    found = interval(values.tolist())
+    half = 1.96 * values.std() / 20
+    assert found["low"] == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert found["high"] == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+def test_stability_of_ranks() -> None:
+    assert rank_stability([[1, 2, 3], [2, 4, 9]]) == pytest.approx(1)
+    assert rank_stability([[1, 2, 3], [3, 2, 1], [1, 2, 3]]) == pytest.approx((1 - 1 - 1) / 3)
+    # Ties share a place: (1.5, 1.5, 3) against (1, 2, 3).
+    assert rank_stability([[0, 0, 5], [1, 2, 3]]) == pytest.approx(math.sqrt(3) / 2)
+    assert rank_stability([[4, 4, 4], [4, 4, 4]]) is None
+    assert rank_stability([[1, 2, 3]]) is None
+
+
+# -------------------------------------------------------------------- the whole comparison
+
+
+def of(result: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(c for c in result["contestants"] if c["name"] == name)
+
+
+def field(losses: Any, *, base: Any = lambda seed: decay(), seeds: Any = range(1, 6), **rest: Any) -> dict[str, Any]:
+    """The baseline ``adalora`` against ``new``, each with a curve by seed."""
+    records = search("adalora") + search("new")
+    for seed in seeds:
+        records += [record("adalora", base(seed), seed=seed), record("new", losses(seed), seed=seed, **rest)]
+    return analyse(records, plan("adalora", "new"))
+
+
+def test_a_baseline_shifted_by_k_steps_needs_k_steps_fewer() -> None:
+    line = np.linspace(2.0, 0.0, STEPS)  # falls by one part in 199 of 2 per step
+    k = 30
+    ahead = line - k * 2 / (STEPS - 1)
+    result = field(lambda _: ahead.tolist(), base=lambda _: line.tolist())
+    base, new = of(result, "adalora"), of(result, "new")
+    own = base["trials"][0]["steps_to_final"]
+    # The last tenth of a line has its mean at step 190.5; smoothing at the end of the run lifts it a little.
+    assert 189 < own < 190.5
+    assert new["trials"][0]["steps_to_final"] == pytest.approx(own - k)
+    ratio = new["against_baseline"]["steps_to_final_ratio"]
+    assert ratio["mean"] == pytest.approx((own - k) / own)
+    assert ratio["low"] == ratio["high"] == pytest.approx(ratio["mean"])
+    assert (ratio["n"], ratio["reached"]) == (5, 5)
+    assert new["against_baseline"]["final_loss_difference"]["mean"] == pytest.approx(-k * 2 / (STEPS - 1))
+    assert new["against_baseline"]["auc_difference"]["mean"] == pytest.approx(-k * 2 / (STEPS - 1))
+    assert base["against_baseline"] == {}
+
+
+def test_ninety_percent_of_the_gain() -> None:
+    line = np.linspace(2.0, 0.0, STEPS)
+    trial = of(field(lambda _: line.tolist(), base=lambda _: line.tolist()), "new")["trials"][0]
+    curve = np.asarray(trial["smoothed"])
+    level = curve[0] - 0.9 * (curve[0] - trial["target"])
+    assert np.interp(trial["steps_to_90"], np.arange(1, STEPS + 1), curve) == pytest.approx(level, abs=1e-5)
+    assert trial["seconds_to_90"] == pytest.approx(0.1 * trial["steps_to_90"])
+
+
+def test_pairs_are_of_one_seed() -> None:
+    # Seeds differ by far more than the methods: only pairs show that every seed gains exactly 0.05.
+    result = field(lambda s: [x + s - 0.05 for x in decay()], base=lambda s: [x + s for x in decay()])
+    gap = of(result, "new")["against_baseline"]["final_loss_difference"]
+    assert gap["low"] == pytest.approx(-0.05)
+    assert gap["high"] == pytest.approx(-0.05)
+    ratio = of(result, "new")["against_baseline"]["steps_to_final_ratio"]
+    assert ratio["high"] < 1
+
+
+def test_a_level_that_is_never_reached_counts_as_the_whole_run() -> None:
+    result = field(lambda s: decay(0.5) if s <= 2 else decay(2.0))
+    new = of(result, "new")
+    own = of(result, "adalora")["trials"][0]["steps_to_final"]
+    ratio = new["against_baseline"]["steps_to_final_ratio"]
+    assert [t["steps_to_final"] is None for t in new["trials"]] == [True, True, False, False, False]
+    assert (ratio["n"], ratio["reached"]) == (5, 3)
+    assert ratio["values"][:2] == [pytest.approx(STEPS / own)] * 2
+    assert new["summary"]["steps_to_final"]["n"] == 5
+    assert new["summary"]["steps_to_final"]["reached"] == 3
+    assert "reached the loss under 3 of 5 seeds only" in result["verdict"]
+    assert "at least" in result["verdict"]
+    assert "interval below 1:" not in result["verdict"]
+
+
+def test_failed_and_missing_trials_are_left_out_and_named() -> None:
+    records = search("adalora") + search("new")
+    records += [record("adalora", decay(), seed=s) for s in (1, 2, 3)]
+    records += [record("new", decay(2.0), seed=1), record("new", None, seed=2), record("new", decay()[:50], seed=3)]
+    records += [record("new", [math.nan] * STEPS, seed=4)]
+    result = analyse(records, plan("adalora", "new"))
+    assert [f["trial"] for f in result["failed"]] == [f"new-lr0.002-seed{s}" for s in (2, 3, 4)]
+    assert "50 losses" in result["failed"][1]["reason"]
+    assert not result["complete"]
+    assert result["missing"] == ["adalora-lr0.002-seed4", "adalora-lr0.002-seed5", "new-lr0.002-seed5"]
+    assert of(result, "new")["against_baseline"]["steps_to_final_ratio"]["n"] == 1
+    assert "partial; not yet ended: 3 trials (adalora" in result["verdict"]
+    assert "left out of all means: 3 trials (new-lr0.002-seed2" in result["verdict"]
+    assert "goal" in result["verdict"]
+    assert "is met" not in result["verdict"]
+
+
+def test_trials_at_another_rate_than_the_best_are_not_mixed_in() -> None:
+    records = [*search("adalora"), record("adalora", decay(), seed=1), record("adalora", decay(3.0), seed=2, lr=0.001)]
+    result = analyse(records, plan("adalora", seeds=(1, 2)))
+    assert [t["seed"] for t in of(result, "adalora")["trials"]] == [1]
+    assert result["missing"] == ["adalora-lr0.002-seed2"]
+
+
+def test_nothing_is_there_yet() -> None:
+    result = analyse([], plan("adalora", "new", seeds=(1,)))
+    assert len(result["missing"]) == 2 * (3 + 1)
+    assert "nothing can be compared" in result["verdict"]
+    json.dumps(result, allow_nan=False)
+
+
+def test_the_result_is_plain_json() -> None:
+    result = field(lambda s: decay(1.2, s, 0.05))
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["complete"]
+    assert of(result, "new")["summary"]["peak_memory_bytes"]["mean"] == 3 * 2**28
+
+
+# -------------------------------------------------------------------- the verdict
+
+
+def test_verdict_on_a_winner() -> None:
+    text = field(lambda s: decay(1.5, s, 0.01), base=lambda s: decay(1.0, s, 0.01))["verdict"]
+    assert "The strongest of 1 contestant against ADALORA is NEW" in text
+    assert "is met by NEW" in text
+    assert "interval below 1: NEW 0.6" in text
+    assert "One of the 200 held-out rows is 0.50 points" in text
+    assert "partial" not in text
+
+
+@pytest.mark.parametrize(
+    ("rest", "reason"),
+    [
+        ({"step_seconds": 0.11}, "a step takes 10 % more time"),
+        ({"metric": 0.7}, "accuracy is worse beyond the interval"),
+    ],
+)
+def test_speed_alone_does_not_meet_the_goal(rest: dict[str, Any], reason: str) -> None:
+    text = field(lambda s: decay(1.5), **rest)["verdict"]
+    assert f"is not met: {reason}." in text
+
+
+def test_verdict_on_a_small_gain_a_tie_and_a_loser() -> None:
+    small = field(lambda s: decay(1.1))["verdict"]
+    assert "is not met: it takes 9" in small
+    assert "interval below 1: NEW 0.9" in small
+    tie = field(lambda s: decay(1.1 if s % 2 else 0.95))["verdict"]
+    assert "Neither fewer nor more steps within the interval: NEW" in tie
+    loser = field(lambda s: decay(0.7))["verdict"]
+    assert "interval above 1: NEW at least 1.0" in loser
+    assert "reached under 0 of 5 seeds" in loser
+
+
+def test_verdict_names_better_metrics_and_contestants_at_the_edge() -> None:
+    records = search("adalora") + search("new")[:2]
+    for s in range(1, 6):
+        records += [record("adalora", decay(), seed=s), record("new", decay(), seed=s, metric=0.82)]
+    text = analyse(records, plan("adalora", "new") | {"lrs": [1e-3, 2e-3]})["verdict"]
+    assert "Better accuracy beyond the interval: NEW +2.00 points" in text
+    assert "NEW (the highest, 0.002)" in text
+
+
+def test_verdict_when_lower_is_better() -> None:
+    records = search("adalora") + search("new")
+    for s in range(1, 6):
+        records += [record("adalora", decay(), seed=s, metric=1.5), record("new", decay(1.5), seed=s, metric=1.7)]
+    for r in records:
+        r["outcome"] |= {"metric": "held_out_loss", "higher_is_better": False}
+    text = analyse(records, plan("adalora", "new"))["verdict"]
+    assert "held-out loss is worse beyond the interval" in text
+    assert "points" not in text
