@@ -292,9 +292,8 @@ def _contestant(
 ) -> dict[str, Any]:
     name = contestant["name"]
     scores = search_scores(records, name)
-    modules: list[Mapping[str, Any]] = next(
-        (r["outcome"]["modules"] for r in records if r["contestant"] == name and r["outcome"]), []
-    )
+    own = [r for r in records if r["contestant"] == name and r["stage"] == "report" and r["status"] == "finished"]
+    modules = own[0]["outcome"]["modules"] if own else []
     return {
         **{key: contestant[key] for key in ("name", "label", "set")},
         "search": [{"lr": lr, "score": score if math.isfinite(score) else None} for lr, score in scores.items()],

@@ -13,15 +13,15 @@ STEPS, TIME, METRIC = "steps_to_final_ratio", "seconds_per_step_ratio", "metric_
 
 
 def needs_fewer(c: Contestant) -> bool:
-    """The interval of the step ratio lies below 1, and the baseline's loss was reached under every seed."""
+    """The interval of the step ratio lies below 1 as shown, and the baseline's loss was reached under every seed."""
     s = c["against_baseline"][STEPS]
-    return s["high"] is not None and s["high"] < 1 and s["reached"] == s["n"]
+    return s["high"] is not None and round(s["high"], 2) < 1 and s["reached"] == s["n"]
 
 
 def needs_more(c: Contestant) -> bool:
-    """The interval of the step ratio lies above 1; unreached trials count as lower bounds, which keeps this safe."""
+    """The interval of the step ratio lies above 1 as shown; unreached trials are lower bounds, so that this is safe."""
     low = c["against_baseline"][STEPS]["low"]
-    return low is not None and low > 1
+    return low is not None and round(low, 2) > 1
 
 
 def metric_side(c: Contestant, higher_is_better: bool) -> int:
@@ -39,7 +39,7 @@ def shortfalls(c: Contestant, result: Mapping[str, Any]) -> list[str]:
     found = []
     if steps["mean"] > STEPS_GOAL:
         found.append(f"it takes {change(steps['mean'], 'fewer', 'as many')} steps")
-    if steps["high"] is None or steps["high"] >= 1:
+    if steps["high"] is None or round(steps["high"], 2) >= 1:
         found.append("the interval of its step ratio reaches 1")
     if steps["reached"] < steps["n"]:
         found.append(f"it reached the loss under {steps['reached']} of {steps['n']} seeds only")
@@ -84,8 +84,9 @@ def _findings(base: Contestant, rivals: Sequence[Contestant], result: Mapping[st
     steps, time, gap = (best["against_baseline"][key] for key in (STEPS, TIME, METRIC))
     lacks = shortfalls(best, result)
     sentences = [
-        f"The strongest of {len(rivals)} contestant{'s' if len(rivals) > 1 else ''} against {base['label']} is "
-        f"{best['label']}: it takes {change(steps['mean'], 'fewer', 'as many')} steps to {base['label']}'s own final "
+        f"The strongest of {len(rivals)} contestant{'s' if len(rivals) > 1 else ''} against the baseline "
+        f"({base['label']}) is "
+        f"{best['label']}: it takes {change(steps['mean'], 'fewer', 'as many')} steps to the baseline's own final "
         f"training loss (ratio {_ratio(steps)}), its {metric} differs by {difference(gap, higher)}, and a step takes "
         f"{change(time['mean'], 'less', 'as much')} time (ratio {_ratio(time)}).",
         "The goal (at least 20 % fewer steps, held-out metric not worse, at most 3 % more time per step) is "

@@ -244,7 +244,7 @@ def test_the_result_is_plain_json() -> None:
 
 def test_verdict_on_a_winner() -> None:
     text = field(lambda s: decay(1.5, s, 0.01), base=lambda s: decay(1.0, s, 0.01))["verdict"]
-    assert "The strongest of 1 contestant against ADALORA is NEW" in text
+    assert "The strongest of 1 contestant against the baseline (ADALORA) is NEW" in text
     assert "is met by NEW" in text
     assert "interval below 1: NEW 0.6" in text
     assert "One of the 200 held-out rows is 0.50 points" in text
