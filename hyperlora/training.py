@@ -237,6 +237,7 @@ class Trainer:
         self._quantiles = torch.tensor([0.1, 0.5, 0.9], device=world.device)
         self.step = 0
         self.losses: list[float] = []
+        self.step_seconds: list[float] = []
         self.evaluations: list[dict[str, float]] = []
         self.rank_history: list[tuple[int, int]] = [(0, self.optimizer.live)]
         self.training_seconds = 0.0
@@ -295,6 +296,7 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - started
         self.training_seconds += seconds
+        self.step_seconds.append(seconds)
         self.tokens_seen += tokens
         known = {
             "live_rank": float(self.optimizer.live),
@@ -421,6 +423,7 @@ class Trainer:
             "loop_seconds": seconds,
             "workers": self.world.size,
             "losses": self.losses,
+            "step_seconds": self.step_seconds,
             "evaluations": self.evaluations,
             "adapter": adapter,
             "checkpoint": checkpoint_uri,
@@ -444,6 +447,7 @@ class Trainer:
                 "optimizer": state,
                 "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
                 "losses": self.losses,
+                "step_seconds": self.step_seconds,
                 "metric": self.task.metric,
                 "labels": list(self.task.labels),
                 "evaluations": self.evaluations,
@@ -481,6 +485,7 @@ class Trainer:
         self.scheduler.load_state_dict({**trainer["scheduler"], "lr_lambdas": lambdas})
         self.step = trainer["step"]
         self.losses = list(trainer["losses"])
+        self.step_seconds = list(trainer["step_seconds"])
         self.evaluations = list(trainer["evaluations"])
         self.rank_history = [(int(s), int(n)) for s, n in trainer["rank_history"]]
         self.training_seconds = trainer["training_seconds"]
