@@ -46,9 +46,7 @@ def record(info: RunInfo, recipe: Recipe) -> None:
     """
     content = {"recipe": recipe.model_dump(mode="json"), "mlflow_run_id": info.mlflow_run_id}
     try:
-        fs, root = checkpoint.filesystem(info.uri)
-        fs.makedirs(root, exist_ok=True)
-        fs.pipe_file(f"{root}/run.json", checkpoint.pack_json(content))
+        checkpoint.replace_file(info.uri, "run.json", checkpoint.pack_json(content))
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
             [Problem("storage.uri", recipe.storage.uri, f"a writable folder or URI ({error})")]

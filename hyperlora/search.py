@@ -102,7 +102,7 @@ def run(
         RecipeError: the cluster cannot hold ``concurrency`` trials, or a trial's folder is of another recipe.
     """
     done: dict[str, Result] = {}
-    yield from _recorded(plan, done)
+    yield from _recorded(plan, done, set())
     if all(trial.name in done for trial in plan(done)):
         return
     settings = recipe.ray.model_copy(update={"num_workers": concurrency})
@@ -128,15 +128,16 @@ def run(
                 (ready,), _ = ray.wait(list(running), num_returns=1)
                 trial = running.pop(ready)
                 done[trial.name] = _result(trial, ready)
-                ended = [done[trial.name], *_recorded(plan, done)]
+                at_work = {trial.name for trial in running.values()}
+                ended = [done[trial.name], *_recorded(plan, done, at_work)]
         finally:
             for reference in running:
                 ray.cancel(reference, force=True)
 
 
-def _recorded(plan: Plan, done: dict[str, Result]) -> Iterator[Result]:
+def _recorded(plan: Plan, done: dict[str, Result], at_work: set[str]) -> Iterator[Result]:
     """Results that earlier runs left in the folders of wanted trials; they may make a plan want more."""
-    seen: set[str] = set()
+    seen = set(at_work)
     while new := [trial for trial in plan(done) if trial.name not in done and trial.name not in seen]:
         seen |= {trial.name for trial in new}
         for trial in new:
@@ -255,5 +256,4 @@ def _read(uri: str, name: str) -> Any:
 
 
 def _write(uri: str, name: str, content: Any) -> None:
-    fs, root = checkpoint.filesystem(uri)
-    fs.pipe_file(f"{root}/{name}", checkpoint.pack_json(content))
+    checkpoint.replace_file(uri, name, checkpoint.pack_json(content))

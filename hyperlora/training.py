@@ -380,8 +380,7 @@ class Trainer:
         outcome = self.outcome(uri, adapter, seconds)
         if self.world.rank == 0:
             write_adapter(adapter, plain_adapter(self.model, self.optimizer), self.recipe, outcome)
-            fs, root = checkpoint.filesystem(self.run.uri)
-            fs.pipe_file(f"{root}/result.json", checkpoint.pack_json(outcome))
+            checkpoint.replace_file(self.run.uri, "result.json", checkpoint.pack_json(outcome))
         return outcome
 
     def outcome(self, checkpoint_uri: str, adapter: str, seconds: float) -> dict[str, Any]:
