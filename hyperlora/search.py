@@ -12,11 +12,13 @@ A trial is a recipe with a folder of its own:
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import gc
 import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -199,14 +201,29 @@ def _reason(error: RayError) -> str:
 def _train(content: dict[str, Any], uri: str) -> None:
     recipe = parse(content)
     torch.set_num_threads(max(1, int(recipe.ray.cpus_per_worker)))
-    try:
-        training.train(recipe, RunInfo(uri), sink=_PeakMemory(uri))
-    except NonFiniteError as error:
-        _write(uri, DIVERGED, {"reason": str(error)})
-        raise
-    # They served to go on after a kill; a search of a hundred trials would keep gigabytes of them.
+    with _only_process(uri):
+        if _read(uri, RESULT) is not None or _read(uri, DIVERGED) is not None:
+            return
+        try:
+            training.train(recipe, RunInfo(uri), sink=_PeakMemory(uri))
+        except NonFiniteError as error:
+            _write(uri, DIVERGED, {"reason": str(error)})
+            raise
+        # They served to go on after a kill; a search of a hundred trials would keep gigabytes of them.
+        fs, root = checkpoint.filesystem(uri)
+        fs.rm(f"{root}/checkpoints", recursive=True)
+
+
+@contextmanager
+def _only_process(uri: str) -> Iterator[None]:
+    """Wait for a process of a killed search that is still at work in a local folder: Ray takes seconds to end it."""
     fs, root = checkpoint.filesystem(uri)
-    fs.rm(f"{root}/checkpoints", recursive=True)
+    if "file" not in fs.protocol:
+        yield
+        return
+    with Path(root, ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class _PeakMemory(Silent):
