@@ -51,6 +51,14 @@ def pack_json(content: Any) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
+def replace_file(uri: str, name: str, data: bytes) -> None:
+    """Write one file of a folder so that a kill leaves the old content or the new one, never a part of it."""
+    fs, root = filesystem(uri)
+    fs.makedirs(root, exist_ok=True)
+    fs.pipe_file(f"{root}/.{name}.new", data)
+    fs.mv(f"{root}/.{name}.new", f"{root}/{name}")
+
+
 def save(run_uri: str, step: int, tensors: dict[str, Tensor], trainer: dict[str, Any], files: dict[str, bytes]) -> str:
     """Write one checkpoint of a run; returns its URI."""
     fs, root = filesystem(run_uri)

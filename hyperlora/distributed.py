@@ -94,8 +94,10 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 @contextmanager
-def cluster(recipe: Recipe, verbose: bool) -> Iterator[None]:
+def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterator[None]:
     """A Ray that is running: the one of ``ray.address``, the caller's own, or one started here and stopped after.
+
+    Ray Train asks the dashboard for the state of its workers; plain tasks do without its processes.
 
     Raises:
         RecipeError: the cluster can never give what the recipe asks for.
@@ -108,7 +110,7 @@ def cluster(recipe: Recipe, verbose: bool) -> Iterator[None]:
         more: dict[str, Any] = {}
         if address is None:
             # Workers that wait for gradients of each other may share cores; a laptop with one core runs two.
-            more = {"num_cpus": max(os.cpu_count() or 1, int(-(-workers // 1))), "include_dashboard": True}
+            more = {"num_cpus": max(os.cpu_count() or 1, int(-(-workers // 1))), "include_dashboard": dashboard}
         ray.init(address=address, log_to_driver=verbose, logging_level=level, **more)
     try:
         _check_resources(recipe)

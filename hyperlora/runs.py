@@ -54,9 +54,7 @@ def record(info: RunInfo, recipe: Recipe) -> None:
     """
     content = {"recipe": recipe.model_dump(mode="json"), "mlflow_run_id": info.mlflow_run_id}
     try:
-        fs, root = checkpoint.filesystem(info.uri)
-        fs.makedirs(root, exist_ok=True)
-        fs.pipe_file(f"{root}/run.json", checkpoint.pack_json(content))
+        checkpoint.replace_file(info.uri, "run.json", checkpoint.pack_json(content))
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
             [Problem("storage.uri", recipe.storage.uri, f"a writable folder or URI ({error})")]
@@ -89,15 +87,20 @@ def unfinished(recipe: Recipe) -> RunInfo:
     if result(uri) is not None:
         raise RecipeError([Problem("--resume", uri, "this run is finished; start without --resume for a new one")])
     content = json.loads(fs.cat_file(f"{newest}/run.json"))
-    before, now = flatten(content["recipe"]), flatten(recipe.model_dump(mode="json"))
-    problems = [
-        Problem(key, now.get(key), f"the run to resume has {before.get(key)!r}")
+    changed = differences(content["recipe"], recipe)
+    if changed:
+        raise RecipeError([Problem(key, new, f"the run to resume has {old!r}") for key, old, new in changed])
+    return RunInfo(uri, content["mlflow_run_id"])
+
+
+def differences(recorded: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Any, Any]]:
+    """Fields in which a recipe computes something else than the one recorded in ``run.json``: key, then, now."""
+    before, now = flatten(recorded), flatten(recipe.model_dump(mode="json"))
+    return [
+        (key, before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not key.startswith(FREE)
     ]
-    if problems:
-        raise RecipeError(problems)
-    return RunInfo(uri, content["mlflow_run_id"])
 
 
 def _of_name(path: str, name: str) -> bool:

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,22 @@ def git_state() -> dict[str, str]:
         return {}
 
 
+def machine() -> dict[str, Any]:
+    """What a measurement ran on; ``memory_bytes`` is installed memory."""
+    import torch  # workers' metrics need none of it
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "system": platform.platform(),
+        "processor": models[0] if models else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as dotted keys."""
     flat: dict[str, Any] = {}
@@ -77,11 +93,7 @@ def start(recipe: Recipe, run_uri: str, run_name: str, facts: Mapping[str, Any])
     _check(uri)
     try:
         client = MlflowClient(uri)
-        experiment = client.get_experiment_by_name(recipe.mlflow.experiment)
-        if experiment is None:
-            experiment_id = client.create_experiment(recipe.mlflow.experiment, _artifact_location(uri))
-        else:
-            experiment_id = experiment.experiment_id
+        experiment_id = _experiment(client, recipe)
         tags = {"mlflow.runName": run_name, "hyperlora.run_uri": run_uri, "hyperlora.method": recipe.method}
         tags |= {f"version.{k}": v for k, v in versions().items()} | git_state()
         run_id = client.create_run(experiment_id, tags=tags).info.run_id
@@ -91,11 +103,66 @@ def start(recipe: Recipe, run_uri: str, run_name: str, facts: Mapping[str, Any])
             client.log_batch(run_id, params=items[first : first + PARAMS])
         client.log_text(run_id, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), "recipe.yaml")
     except (MlflowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RecipeError(
-            [Problem("mlflow.tracking_uri", uri, f"a reachable server or database ({reason})")]
-        ) from error
+        raise _unreachable(uri, error) from error
     return str(run_id)
+
+
+def _experiment(client: MlflowClient, recipe: Recipe) -> str:
+    """Id of the recipe's experiment, which is created when it is not there."""
+    experiment = client.get_experiment_by_name(recipe.mlflow.experiment)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    return str(client.create_experiment(recipe.mlflow.experiment, _artifact_location(recipe.mlflow.tracking_uri)))
+
+
+def _unreachable(uri: str, error: Exception) -> RecipeError:
+    reason = str(error).strip().splitlines()[0]
+    return RecipeError([Problem("mlflow.tracking_uri", uri, f"a reachable server or database ({reason})")])
+
+
+def start_comparison(recipe: Recipe, uri: str, name: str, params: Mapping[str, Any]) -> str:
+    """The one MLflow run of the comparison in the folder ``uri``, created or taken up again; returns the run id.
+
+    Raises:
+        RecipeError: the tracking server or database cannot be reached.
+    """
+    _check(recipe.mlflow.tracking_uri)
+    try:
+        client = MlflowClient(recipe.mlflow.tracking_uri)
+        experiment_id = _experiment(client, recipe)
+        # MLflow's filters know no escapes: the folder is compared here.
+        earlier = client.search_runs([experiment_id], "tags.`hyperlora.kind` = 'comparison'")
+        same = [run.info.run_id for run in earlier if run.data.tags["hyperlora.run_uri"] == uri]
+        if same:
+            client.update_run(same[0], status="RUNNING")
+            return str(same[0])
+        tags = {"mlflow.runName": name, "hyperlora.kind": "comparison", "hyperlora.run_uri": uri}
+        tags |= {f"version.{k}": v for k, v in versions().items()} | git_state()
+        run_id = client.create_run(experiment_id, tags=tags).info.run_id
+        client.log_batch(run_id, params=[Param(k, str(v)[:VALUE]) for k, v in params.items()])
+    except (MlflowException, OSError) as error:
+        raise _unreachable(recipe.mlflow.tracking_uri, error) from error
+    return str(run_id)
+
+
+def finish_comparison(recipe: Recipe, run_id: str, result: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """Log every contestant's mean figures as ``contestant/figure``, its differences to the baseline, and the files."""
+    client, now = MlflowClient(recipe.mlflow.tracking_uri), int(time.time() * 1000)
+    values: dict[str, float] = {}
+    for contestant in result["contestants"]:
+        for table, suffix in (("summary", ""), ("against_baseline", "_against_baseline")):
+            for key, interval in contestant[table].items():
+                for edge in ("mean", "low", "high"):
+                    value = interval[edge]
+                    if value is not None:
+                        end = "" if edge == "mean" else f"_{edge}"
+                        values[f"{contestant['name']}/{key}{suffix}{end}"] = float(value)
+    metrics = [Metric(key, value, now, 0) for key, value in values.items()]
+    for first in range(0, len(metrics), BATCH):
+        client.log_batch(run_id, metrics=metrics[first : first + BATCH])
+    for file in files:
+        client.log_artifact(run_id, str(file))
+    client.set_terminated(run_id, "FINISHED")
 
 
 def _check(uri: str) -> None:
@@ -140,7 +207,7 @@ def finish(recipe: Recipe, run_id: str, outcome: Mapping[str, Any]) -> None:
     client.log_batch(run_id, tags=[RunTag("hyperlora.adapter", outcome["adapter"])])
     client.log_figure(run_id, rank_heat_map(outcome), "rank_heat_map.png")
     client.log_figure(run_id, loss_curve(outcome), "loss_curve.png")
-    client.log_dict(run_id, {k: v for k, v in outcome.items() if k != "losses"}, "result.json")
+    client.log_dict(run_id, {k: v for k, v in outcome.items() if k not in ("losses", "step_seconds")}, "result.json")
     client.set_terminated(run_id, "FINISHED")
 
 

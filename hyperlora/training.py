@@ -265,6 +265,7 @@ class Trainer:
         self._quantiles = torch.tensor([0.1, 0.5, 0.9], device=world.device)
         self.step = 0
         self.losses: list[float] = []
+        self.step_seconds: list[float] = []
         self.evaluations: list[dict[str, float]] = []
         self.rank_history: list[tuple[int, int]] = [(0, self.optimizer.live)]
         self.training_seconds = 0.0
@@ -330,6 +331,7 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - started
         self.training_seconds += seconds
+        self.step_seconds.append(seconds)
         self.tokens_seen += tokens
         known = {
             "live_rank": float(self.optimizer.live),
@@ -420,8 +422,7 @@ class Trainer:
         outcome = self.outcome(uri, adapter, seconds)
         if self.world.rank == 0:
             write_adapter(adapter, plain_adapter(self.model, self.optimizer), self.recipe, outcome)
-            fs, root = checkpoint.filesystem(self.run.uri)
-            fs.pipe_file(f"{root}/result.json", checkpoint.pack_json(outcome))
+            checkpoint.replace_file(self.run.uri, "result.json", checkpoint.pack_json(outcome))
         return outcome
 
     def outcome(self, checkpoint_uri: str, adapter: str, seconds: float) -> dict[str, Any]:
@@ -463,6 +464,7 @@ class Trainer:
             "loop_seconds": seconds,
             "workers": self.world.size,
             "losses": self.losses,
+            "step_seconds": self.step_seconds,
             "evaluations": self.evaluations,
             "warnings": [asdict(warning) for warning in self.monitors.warnings],
             "adapter": adapter,
@@ -487,6 +489,7 @@ class Trainer:
                 "optimizer": state,
                 "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
                 "losses": self.losses,
+                "step_seconds": self.step_seconds,
                 "metric": self.task.metric,
                 "labels": list(self.task.labels),
                 "evaluations": self.evaluations,
@@ -525,6 +528,7 @@ class Trainer:
         self.scheduler.load_state_dict({**trainer["scheduler"], "lr_lambdas": lambdas})
         self.step = trainer["step"]
         self.losses = list(trainer["losses"])
+        self.step_seconds = list(trainer["step_seconds"])
         self.evaluations = list(trainer["evaluations"])
         self.rank_history = [(int(s), int(n)) for s, n in trainer["rank_history"]]
         self.monitors.load_state_dict(trainer["monitors"])

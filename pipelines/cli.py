@@ -33,6 +33,19 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="validate, print the resolved recipe and the sizes, stop")
     train.add_argument("--resume", action="store_true", help="go on with the newest run of this name")
 
+    compare = add("compare", "Compare methods on one recipe: learning rates searched for each, then several seeds.")
+    compare.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe (hyperlora recipes) or a YAML file")
+    compare.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change the recipe for all contestants")
+    compare.add_argument(
+        "--field", default="default", metavar="FIELD", help="a shipped field of contestants, or a file"
+    )
+    compare.add_argument("--only", default="", metavar="A,B", help="these contestants and the baseline")
+    compare.add_argument("--lrs", default="1e-3,2e-3,4e-3,8e-3,1.6e-2", metavar="LR,LR", help="that each tries first")
+    compare.add_argument("--seeds", default="5", metavar="N", help="reported at the best rate of each (default: 5)")
+    compare.add_argument("--concurrency", default="2", metavar="N", help="trials at a time (default: 2)")
+    compare.add_argument("--out", metavar="DIR", help="default: compare-RECIPE in the recipe's storage.uri")
+    compare.add_argument("--dry-run", action="store_true", help="validate, print the plan, stop")
+
     add("recipes", "List the recipes that ship with the package.")
 
     export = add("export", "Write the adapter of a run or checkpoint as a plain PEFT LoRA folder.")
@@ -67,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pipelines import train
 
             return train.main(args, console)
+        if args.command == "compare":
+            from pipelines import compare
+
+            return compare.main(args, console)
         if args.command == "export":
             from pipelines import export
 
@@ -81,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return 1
     except KeyboardInterrupt:
-        _complain("interrupted; the same command with --resume goes on from the last checkpoint")
+        again = "the same command with --resume" if args.command == "train" else "the same command"
+        _complain(f"interrupted; {again} goes on from the last checkpoint")
         return 130
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from hyperlora.config import Problem, Recipe, RecipeError, apply_overrides, parse, read_yaml
 
 
-def shipped() -> dict[str, Path]:
-    """Recipes that come with the package, by name."""
-    folder = Path(str(files("pipelines"))) / "recipes"
+def shipped(kind: str = "recipes") -> dict[str, Path]:
+    """Recipes (or ``fields`` of comparisons) that come with the package, by name."""
+    folder = Path(str(files("pipelines"))) / kind
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
@@ -27,6 +27,13 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     if not path.is_file():
         raise RecipeError([Problem("RECIPE", name, f"a YAML file or one of: {', '.join(shipped())}")])
     return parse(apply_overrides(read_yaml(path), overrides))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a kill, never meets half of it."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def write_json(path: str | None, content: Any) -> None:

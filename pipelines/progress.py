@@ -10,6 +10,67 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 
+class TrialsProgress:
+    """One line over many trials: finished of all, running, failed, the best so far, time left.
+
+    Args:
+        console: where to draw.
+        concurrency: trials at a time.
+    """
+
+    def __init__(self, console: Console, concurrency: int) -> None:
+        self._console, self._concurrency = console, concurrency
+        self._live = console.is_terminal
+        self._started = time.monotonic()
+        self._seconds: list[float] = []
+        self._state = ""
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("trials"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("starting Ray")
+        self._bar.start()
+
+    def ended(self, seconds: float) -> None:
+        """A trial ended well after so many seconds."""
+        self._seconds.append(seconds)
+
+    def show(self, done: int, total: int, running: int, failed: int, best: str) -> None:
+        """What is true now."""
+        parts = [f"{running} running", f"{failed} failed" if failed else "", best, self._left(total - done)]
+        text = "  ".join(p for p in parts if p)
+        self._state = f"{done}/{total}  {text}"
+        self._bar.update(self._task, completed=done, total=total, description=text)
+
+    def line(self, text: str) -> None:
+        """Something that stays on the screen; where no bar moves, with the state of all."""
+        state = "" if self._live else f"  [dim]({self._state})[/]"
+        shown = f"[dim]{time.monotonic() - self._started:5.0f} s[/]  {text}{state}"
+        self._console.print(shown, highlight=False, soft_wrap=True)
+
+    def _left(self, trials: int) -> str:
+        if not self._seconds or not trials:
+            return ""
+        seconds = sum(self._seconds) / len(self._seconds) * trials / self._concurrency
+        return f"about {duration(seconds)} left"
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 class ProgressSink:
     """Shows phase, steps, loss, live rank, tokens/s and time left.
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
 from hyperlora.config import Recipe
+from hyperlora.field import Contestant
 from hyperlora.figures import rank_table
 from hyperlora.preflight import Estimate, Sizes
 
@@ -64,6 +67,67 @@ def estimate(recipe: Recipe, e: Estimate) -> RenderableType:
         Text(),
         _grid(rows),
     )
+
+
+def comparison_plan(
+    contestants: Sequence[Contestant], estimates: Mapping[str, Estimate], plan: Mapping[str, Any], out: str
+) -> RenderableType:
+    """What a comparison will run."""
+    field: list[tuple[str, RenderableType]] = []
+    for c in contestants:
+        e = estimates[c.name]
+        changes = ", ".join(f"{key}={value}" for key, value in c.changes.items())
+        budget = f"{e.rank_initial:,} to {e.rank_target:,}" if e.rank_target < e.rank_initial else f"{e.rank_initial:,}"
+        sizes = f"rank {budget}, {e.sizes.trainable:,} trainable, optimizer state {size(e.sizes.state_bytes)}"
+        label = Text(c.label + (" (baseline)" if c.name == plan["baseline"] else ""), style="bold")
+        field.append((c.name, Text("\n").join([label, Text(changes), Text(sizes, style="dim")])))
+    rates, seeds, count = plan["lrs"], plan["seeds"], len(contestants)
+    search, report = count * len(rates), count * len(seeds)
+    e, recipe = estimates[plan["baseline"]], contestants[0].recipe
+    rows: list[tuple[str, RenderableType]] = [
+        ("recipe", f"{plan['name']}: {e.train_rows:,} rows to train on, {e.held_out_rows:,} held out"),
+        ("each trial", f"{plan['steps']:,} steps of {recipe.training.batch_size} rows, one process"),
+        ("learning rates", f"{', '.join(f'{lr:g}' for lr in rates)}, and beyond while the best is the last on a side"),
+        ("fixed", f"optimizer.other_lr={recipe.optimizer.other_lr:g} (heads and magnitudes)"),
+        ("seeds", f"0 for the learning rate, {seeds[0]} to {seeds[-1]} reported"),
+        (
+            "trials",
+            f"{search + report}: {search} to choose learning rates, {report} to report, more where a search goes on",
+        ),
+        ("folder", Text(local(out))),
+    ]
+    return Group(_grid(field), Text(), _grid(rows))
+
+
+def comparison_summary(console: Console, result: Mapping[str, Any], out: Path) -> None:
+    """Print the end of a comparison, whole or not."""
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    table.add_column("")
+    columns = {"best rate": "", "training loss": "final_loss", "steps to baseline's": "steps_to_final"}
+    columns |= {f"held-out {str(result['metric']).replace('_', ' ')}": "metric", "s/step": "seconds_per_step"}
+    for column in columns:
+        table.add_column(column, justify="right")
+    for contestant in result["contestants"]:
+        best = contestant["best_lr"]
+        cells = ["" if best is None else f"{best:g}"]
+        cells += [_interval(contestant["summary"][key]) for key in columns.values() if key]
+        table.add_row(escape(contestant["label"]), *cells)
+    console.print(Text(f"\ncomparison on {result['name']}", style="bold"), table, sep="\n")
+    for failure in result["failed"]:
+        console.print(Text(f"failed: {failure['trial']}: {failure['reason']}", style="red"), soft_wrap=True)
+    if result["missing"]:
+        console.print(Text(f"missing: {', '.join(result['missing'])}", style="yellow"), soft_wrap=True)
+    console.print(Text(), Text(result["verdict"]), Text(), sep="\n")
+    for name in ("comparison.html", "comparison.json"):
+        console.print(Text(local(str(out / name))), soft_wrap=True)
+
+
+def _interval(value: Mapping[str, Any]) -> str:
+    if value["mean"] is None:
+        return "–"
+    if value["low"] is None:
+        return f"{value['mean']:.4g}"
+    return f"{value['mean']:.4g} ({value['low']:.4g} to {value['high']:.4g})"
 
 
 def ranks(outcome: Mapping[str, Any]) -> RenderableType:

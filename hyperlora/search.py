@@ -1,0 +1,276 @@
+"""Many trials of recipes as Ray tasks, some at a time, each going on where it was.
+
+A trial is a recipe with a folder of its own:
+
+    run.json       the recipe; a folder is never shared by two
+    checkpoints/   while it runs
+    result.json    the outcome; a trial that has it is read, not repeated
+    diverged.json  the reason why it ended without one, when repeating it would end the same
+    memory.json    peak memory
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import gc
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+# Before ray, for the settings that it makes.
+from hyperlora.distributed import cluster
+
+# isort: split
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+
+from hyperlora import checkpoint, runs, training
+from hyperlora.config import Problem, Recipe, RecipeError, parse
+from hyperlora.training import NonFiniteError, RunInfo, Silent
+
+logger = logging.getLogger(__name__)
+
+RESULT, DIVERGED, MEMORY = "result.json", "diverged.json", "memory.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a search.
+
+    Attributes:
+        name: unique in the search.
+        uri: its folder, which every worker can reach.
+        recipe: trained by one process; its ``ray`` section says with how many CPUs and GPUs.
+        key: whatever the caller knows the trial by.
+    """
+
+    name: str
+    uri: str
+    recipe: Recipe
+    key: Any = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a trial ended.
+
+    Attributes:
+        trial: which one.
+        status: whether there is an outcome.
+        reason: why it failed, in one line.
+        outcome: of the trainer.
+        peak_memory_bytes: of its process, or allocated on its GPU; None where neither can be read.
+    """
+
+    trial: Trial
+    status: Literal["finished", "failed"]
+    reason: str | None
+    outcome: dict[str, Any] | None
+    peak_memory_bytes: int | None
+
+
+#: From the results so far to all trials that are wanted, in the order in which they start.
+Plan = Callable[[Mapping[str, Result]], Iterable[Trial]]
+
+
+def run(
+    plan: Plan,
+    recipe: Recipe,
+    concurrency: int,
+    *,
+    started: Callable[[Trial], None] = lambda trial: None,
+    verbose: bool = False,
+) -> Iterator[Result]:
+    """Run what a plan wants until it wants no more; yields every result once, those of earlier runs first.
+
+    A failing trial does not stop the others. Closing the iterator ends the trials that are running; they go on from
+    their newest checkpoints next time.
+
+    Args:
+        plan: asked again after every result, so that trials may depend on results.
+        recipe: whose ``ray`` section says which cluster to use, and the CPUs and GPUs of one trial.
+        concurrency: trials at a time.
+        started: told of every trial that starts.
+        verbose: show the logs of Ray and of the workers.
+
+    Raises:
+        RecipeError: the cluster cannot hold ``concurrency`` trials, or a trial's folder is of another recipe.
+    """
+    done: dict[str, Result] = {}
+    yield from _recorded(plan, done, set())
+    if all(trial.name in done for trial in plan(done)):
+        return
+    settings = recipe.ray.model_copy(update={"num_workers": concurrency})
+    with cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False):
+        # Processes are kept for the next trial, on a GPU as well: importing everything costs seconds.
+        task = ray.remote(
+            max_retries=0, max_calls=0, num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker
+        )(_train)
+        running: dict[Any, Trial] = {}
+        ended: list[Result] = []
+        try:
+            while True:
+                names = done.keys() | {trial.name for trial in running.values()}
+                waiting = [trial for trial in plan(done) if trial.name not in names]
+                for trial in waiting[: concurrency - len(running)]:
+                    runs.record(RunInfo(trial.uri), trial.recipe)
+                    running[task.remote(trial.recipe.model_dump(mode="json"), trial.uri)] = trial
+                    started(trial)
+                # The next trials run while the caller looks at these.
+                yield from ended
+                if not running:
+                    return
+                (ready,), _ = ray.wait(list(running), num_returns=1)
+                trial = running.pop(ready)
+                done[trial.name] = _result(trial, ready)
+                at_work = {trial.name for trial in running.values()}
+                ended = [done[trial.name], *_recorded(plan, done, at_work)]
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+
+
+def _recorded(plan: Plan, done: dict[str, Result], at_work: set[str]) -> Iterator[Result]:
+    """Results that earlier runs left in the folders of wanted trials; they may make a plan want more."""
+    seen = set(at_work)
+    while new := [trial for trial in plan(done) if trial.name not in done and trial.name not in seen]:
+        seen |= {trial.name for trial in new}
+        for trial in new:
+            _check_folder(trial)
+            found = recorded(trial)
+            if found is not None:
+                done[trial.name] = found
+                yield found
+
+
+def recorded(trial: Trial) -> Result | None:
+    """The result in a trial's folder; None while it has to run."""
+    peak = (_read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
+    if (outcome := _read(trial.uri, RESULT)) is not None:
+        return Result(trial, "finished", None, outcome, peak)
+    if (failure := _read(trial.uri, DIVERGED)) is not None:
+        return Result(trial, "failed", failure["reason"], None, peak)
+    return None
+
+
+def _check_folder(trial: Trial) -> None:
+    """Raise RecipeError when the folder holds a trial of another recipe."""
+    before = _read(trial.uri, "run.json")
+    if before is None:
+        return
+    where = f"{trial.uri} was run with"
+    changed = runs.differences(before["recipe"], trial.recipe)
+    if changed:
+        raise RecipeError([Problem(k, new, f"{where} {old!r}; choose another folder") for k, old, new in changed])
+
+
+def _result(trial: Trial, reference: Any) -> Result:
+    """What came of a task that ended."""
+    try:
+        ray.get(reference)
+    except RayError as error:
+        logger.info("trial %s failed", trial.name, exc_info=error)
+        peak = (_read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
+        return Result(trial, "failed", _reason(error), None, peak)
+    found = recorded(trial)
+    if found is None:
+        return Result(
+            trial, "failed", f"no {RESULT} in {trial.uri}: is it a folder that all workers share?", None, None
+        )
+    return found
+
+
+def _reason(error: RayError) -> str:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, NonFiniteError):
+        return str(cause)
+    text = " ".join(str(cause).split())
+    return f"{type(cause).__name__}: {text if len(text) <= 300 else text[:297] + '...'}"
+
+
+# ---------------------------------------------------------------- in the worker process
+
+
+def _train(content: dict[str, Any], uri: str) -> None:
+    recipe = parse(content)
+    torch.set_num_threads(max(1, int(recipe.ray.cpus_per_worker)))
+    with _only_process(uri):
+        if _read(uri, RESULT) is not None or _read(uri, DIVERGED) is not None:
+            return
+        try:
+            training.train(recipe, RunInfo(uri), sink=_PeakMemory(uri))
+        except NonFiniteError as error:
+            _write(uri, DIVERGED, {"reason": str(error)})
+            raise
+        # They served to go on after a kill; a search of a hundred trials would keep gigabytes of them.
+        fs, root = checkpoint.filesystem(uri)
+        fs.rm(f"{root}/checkpoints", recursive=True)
+
+
+@contextmanager
+def _only_process(uri: str) -> Iterator[None]:
+    """Wait for a process of a killed search that is still at work in a local folder: Ray takes seconds to end it."""
+    fs, root = checkpoint.filesystem(uri)
+    if "file" not in fs.protocol:
+        yield
+        return
+    with Path(root, ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class _PeakMemory(Silent):
+    """Writes the peak memory of a trial at each of its phases, so that a finished trial always has it."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        # What an earlier trial of this process left behind is not this one's.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        elif sys.platform == "linux":
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+            if trim is not None:
+                trim(0)
+        self._measurable = torch.cuda.is_available() or _reset_high_water_mark()
+
+    def phase(self, name: str) -> None:
+        if not self._measurable:
+            return
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _high_water_mark()
+        before = _read(self._uri, MEMORY) or {"peak_memory_bytes": 0}
+        _write(self._uri, MEMORY, {"peak_memory_bytes": max(peak, before["peak_memory_bytes"])})
+
+
+def _reset_high_water_mark() -> bool:
+    """Start VmHWM again from what is resident now; False where the system does not let us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _high_water_mark() -> int:
+    """Most resident memory of this process since the reset, bytes."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def _read(uri: str, name: str) -> Any:
+    fs, root = checkpoint.filesystem(uri)
+    fs.invalidate_cache()
+    path = f"{root}/{name}"
+    return json.loads(fs.cat_file(path)) if fs.exists(path) else None
+
+
+def _write(uri: str, name: str, content: Any) -> None:
+    checkpoint.replace_file(uri, name, checkpoint.pack_json(content))

@@ -1,0 +1,334 @@
+"""``hyperlora compare``: methods x learning rates x seeds of one task, equal in everything else.
+
+OUT/trials/CONTESTANT-lrLR-seedSEED/   what search.py keeps of a trial
+OUT/comparison.json, comparison.html   the result, also while trials are missing
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import shlex
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from hyperlora import tracking
+from hyperlora.comparison import analyse, final_loss
+from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.field import Contestant, Entry, planned, rate, read_field, resolve
+from hyperlora.preflight import Estimate, inspect
+from hyperlora.report import comparison_page
+from hyperlora.search import Result, Trial, run
+from pipelines import screens
+from pipelines.common import load_recipe, replace_text, shipped, write_json
+from pipelines.progress import TrialsProgress
+
+SELECTION = (
+    "Every contestant's learning rate is the one with the lowest training loss (mean over the last tenth of the steps) "
+    "at seed 0, which is not among the reported seeds; the held-out metric has no part in it."
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is decided before the first trial."""
+
+    recipe: Recipe
+    contestants: list[Contestant]
+    baseline: str
+    rates: list[float]
+    seeds: list[int]
+    concurrency: int
+    out: Path
+    command: str
+
+    def plan(self, steps: int) -> dict[str, Any]:
+        """What the analysis is told beside the records."""
+        git = tracking.git_state()
+        return {
+            "name": self.recipe.name,
+            "command": self.command,
+            "baseline": self.baseline,
+            "steps": steps,
+            "lrs": self.rates,
+            "seeds": self.seeds,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "contestants": [{"name": c.name, "label": c.label, "set": c.changes} for c in self.contestants],
+            "selection": SELECTION,
+            "provenance": {
+                "versions": tracking.versions(),
+                "git": {k.removeprefix("git."): v for k, v in git.items()},
+                "machine": tracking.machine(),
+            },
+        }
+
+    def wanted(self, done: Mapping[str, Result]) -> tuple[list[Trial], int]:
+        """Trials known to be wanted in the order to run them, and at least how many more will follow."""
+        records = [record(result.trial, result) for result in done.values()]
+        entries, later = planned([c.name for c in self.contestants], self.rates, self.seeds, records)
+        return [self._trial(entry) for entry in entries], later
+
+    def _trial(self, entry: Entry) -> Trial:
+        (recipe,) = (c.recipe for c in self.contestants if c.name == entry.contestant)
+        optimizer = recipe.optimizer.model_copy(update={"lr": entry.lr})
+        recipe = recipe.model_copy(update={"seed": entry.seed, "optimizer": optimizer})
+        return Trial(entry.name, str(self.out / "trials" / entry.name), recipe, entry)
+
+
+def record(trial: Trial, result: Result | None) -> dict[str, Any]:
+    """A trial as the analysis reads it."""
+    entry: Entry = trial.key
+    return {
+        "contestant": entry.contestant,
+        "lr": entry.lr,
+        "seed": entry.seed,
+        "stage": entry.stage,
+        "status": result.status if result else "missing",
+        "reason": result.reason if result else None,
+        "outcome": result.outcome if result else None,
+        "peak_memory_bytes": result.peak_memory_bytes if result else None,
+    }
+
+
+def main(args: Namespace, console: Console) -> int:
+    """Validate, run what is missing, and write the result; returns the exit status."""
+    comparison = _resolve(args)
+    with console.status("checking every contestant's recipe, data and model"):
+        estimates = _inspect(comparison.contestants)
+    plan = comparison.plan(next(iter(estimates.values())).steps)
+    console.print(screens.comparison_plan(comparison.contestants, estimates, plan, str(comparison.out)))
+    if args.dry_run:
+        sizes = {name: e.to_json() for name, e in estimates.items()}
+        write_json(args.json, {**plan, "out": str(comparison.out), "estimates": sizes})
+        return 0
+    with _owned(comparison.out), _tracked(comparison, plan) as log:
+        result = _run(comparison, plan, console, args.verbose)
+        if result["complete"]:
+            log(result)
+    screens.comparison_summary(console, result, comparison.out)
+    write_json(args.json, result)
+    return 0 if result["complete"] else 1
+
+
+# ---------------------------------------------------------------- before anything runs
+
+
+def _resolve(args: Namespace) -> Comparison:
+    """Everything that the command line says.
+
+    Raises:
+        RecipeError: with all that is wrong with options, recipe, field and contestants.
+    """
+    problems: list[Problem] = []
+    rates, seeds, concurrency = _options(args, problems)
+    recipe, field = None, None
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+    except RecipeError as error:
+        problems += error.problems
+    fields = shipped("fields")
+    path = fields.get(args.field, Path(args.field))
+    if not path.is_file():
+        problems.append(Problem("--field", args.field, f"a YAML file or one of: {', '.join(fields)}"))
+    else:
+        try:
+            field = read_field(path)
+        except RecipeError as error:
+            problems += error.problems
+    contestants: list[Contestant] = []
+    if recipe is not None and field is not None:
+        only = [name.strip() for name in args.only.split(",") if name.strip()]
+        try:
+            contestants = resolve(field, _alone(recipe), only)
+        except RecipeError as error:
+            problems += error.problems
+    if recipe is not None and args.out is None and "://" in recipe.storage.uri:
+        problems.append(Problem("--out", None, f"a local folder: storage.uri is {recipe.storage.uri}"))
+    if problems:
+        raise RecipeError(problems)
+    assert recipe is not None
+    assert field is not None
+    suffix = "" if args.field == "default" else f"-{path.stem}"
+    out = Path(args.out or f"{recipe.storage.uri}/compare-{recipe.name}{suffix}").absolute()
+    return Comparison(recipe, contestants, field.baseline, rates, seeds, concurrency, out, _command(args))
+
+
+def _options(args: Namespace, problems: list[Problem]) -> tuple[list[float], list[int], int]:
+    """Learning rates, reported seeds and trials at a time."""
+
+    def number(option: str, text: str, kind: type, allowed: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not (math.isfinite(value) and value > 0):
+            problems.append(Problem(option, text, allowed))
+        return value
+
+    rates = {rate(number("--lrs", text, float, "learning rates above 0")) for text in args.lrs.split(",")}
+    seeds = number("--seeds", args.seeds, int, "a whole number of seeds, at least 1")
+    concurrency = number("--concurrency", args.concurrency, int, "a whole number of trials, at least 1")
+    return sorted(rates), list(range(1, seeds + 1)), concurrency
+
+
+def _alone(recipe: Recipe) -> Recipe:
+    """The recipe as a trial runs it: one process, without a tracking run of its own, from any working directory."""
+    alone = {
+        "ray": recipe.ray.model_copy(update={"backend": "local", "num_workers": 1}),
+        "mlflow": recipe.mlflow.model_copy(update={"enabled": False}),
+    }
+    return recipe.with_absolute_paths().model_copy(update=alone)
+
+
+def _command(args: Namespace) -> str:
+    words = ["hyperlora", "compare", args.recipe, *args.overrides]
+    for option in ("field", "only", "lrs", "seeds", "concurrency", "out"):
+        if getattr(args, option):
+            words += [f"--{option}", getattr(args, option)]
+    return shlex.join(words)
+
+
+def _inspect(contestants: Sequence[Contestant]) -> dict[str, Estimate]:
+    """Sizes of every contestant, by name.
+
+    Raises:
+        RecipeError: with what is wrong with each; what is wrong with all is told once.
+    """
+    found: dict[str, Estimate] = {}
+    problems: dict[str, tuple[Problem, list[str]]] = {}
+    for contestant in contestants:
+        try:
+            found[contestant.name] = inspect(contestant.recipe)
+        except RecipeError as error:
+            for problem in error.problems:
+                problems.setdefault(str(problem), (problem, []))[1].append(contestant.name)
+    if problems:
+        everybody = len(contestants)
+        raise RecipeError(
+            [
+                p if len(names) == everybody else Problem(f"{', '.join(names)}: {p.field}", p.value, p.allowed)
+                for p, names in problems.values()
+            ]
+        )
+    return found
+
+
+# ---------------------------------------------------------------- running
+
+
+@contextmanager
+def _owned(out: Path) -> Iterator[None]:
+    """The folder, for this command alone.
+
+    Raises:
+        RecipeError: it cannot be written, or another command is at work in it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise RecipeError([Problem("--out", str(out), f"a writable folder ({error.strerror})")]) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError([Problem("--out", str(out), "a folder in which no other comparison runs now")]) from None
+        yield
+
+
+@contextmanager
+def _tracked(comparison: Comparison, plan: Mapping[str, Any]) -> Iterator[Any]:
+    """The comparison's MLflow run, if there is to be one; yields what logs the finished result to it."""
+    recipe, out = comparison.recipe, comparison.out
+    if not recipe.mlflow.enabled:
+        yield lambda result: None
+        return
+    params = {k: plan[k] for k in ("command", "baseline", "steps", "lrs", "seeds", "selection")}
+    run_id = tracking.start_comparison(recipe, str(out), f"compare-{plan['name']}", params)
+    files = [out / "comparison.json", out / "comparison.html"]
+    try:
+        yield lambda result: tracking.finish_comparison(recipe, run_id, result, files)
+    except BaseException as error:
+        tracking.fail(recipe, run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+
+
+def _run(comparison: Comparison, plan: Mapping[str, Any], console: Console, verbose: bool) -> dict[str, Any]:
+    """Run the trials that are missing, with the partial result on disk after each; returns the whole result."""
+    done: dict[str, Result] = {}
+    running: set[str] = set()
+    # Analysing and drawing take time from the trials that are measured: a tenth of one core at most.
+    next_writing = 0.0
+    progress = TrialsProgress(console, comparison.concurrency)
+
+    def show() -> None:
+        trials, later = comparison.wanted(done)
+        failed = sum(r.status == "failed" for r in done.values())
+        progress.show(len(done), len(trials) + later, len(running), failed, _best(done))
+
+    def started(trial: Trial) -> None:
+        running.add(trial.name)
+        show()
+
+    results = run(
+        lambda known: comparison.wanted(known)[0],
+        _alone(comparison.recipe),
+        comparison.concurrency,
+        started=started,
+        verbose=verbose,
+    )
+    try:
+        with closing(results):
+            for result in results:
+                name = result.trial.name
+                done[name] = result
+                fresh = name in running
+                running.discard(name)
+                if result.outcome is not None:
+                    progress.ended(result.outcome["loop_seconds"])
+                show()
+                if fresh:
+                    progress.line(_line(result))
+                    if (began := time.monotonic()) >= next_writing:
+                        _write(comparison, plan, done)
+                        next_writing = began + 10 * (time.monotonic() - began)
+    except KeyboardInterrupt:
+        _write(comparison, plan, done)
+        raise
+    else:
+        return _write(comparison, plan, done)
+    finally:
+        progress.close()
+
+
+def _best(done: Mapping[str, Result]) -> str:
+    """The trial with the lowest training loss so far."""
+    scores = {name: final_loss(r.outcome["losses"]) for name, r in done.items() if r.outcome is not None}
+    name = min(scores, key=lambda n: scores[n], default=None)
+    return "" if name is None else f"best {name} {scores[name]:.4f}"
+
+
+def _line(result: Result) -> str:
+    if result.outcome is None:
+        return f"[red]{result.trial.name} failed[/]: {escape(str(result.reason))}"
+    o = result.outcome
+    score = f"{o['metric'].replace('_', ' ')} {o['metric_after']:.4f}"
+    return f"{result.trial.name}: training loss {final_loss(o['losses']):.4f}  {score}  {o['training_seconds']:.0f} s"
+
+
+def _write(comparison: Comparison, plan: Mapping[str, Any], done: Mapping[str, Result]) -> dict[str, Any]:
+    """Analyse what there is and write ``comparison.json`` and ``comparison.html``."""
+    trials, _ = comparison.wanted(done)
+    result = analyse([record(trial, done.get(trial.name)) for trial in trials], plan)
+    replace_text(comparison.out / "comparison.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    replace_text(comparison.out / "comparison.html", comparison_page(result))
+    return result
