@@ -36,6 +36,10 @@ class Budget:
     initial: int
     target: int
 
+    def falls(self) -> list[int]:
+        """Steps of known pruning events: none, since PEFT's allocator decides by itself."""
+        return []
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -68,7 +68,7 @@ def seven_billion(targets: list[str] | str, rank: int = 8) -> FactorLayout:
 def test_parameters_on_a_7b_model() -> None:
     layout = seven_billion("all-linear")
     with torch.device("cpu"):
-        triple = build_networks(layout, HypernetworkSpec(), singular_values=True, rule=UpdateRule(), seed=0)
+        triple = build_networks(layout, HypernetworkSpec(), start=(1.0, 0.0, 1.0), rule=UpdateRule(), seed=0)
     assert triple.lam is not None
     sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in triple.named_children()}
     # P and Q: maps from and to h for the widths 4096 and 11008, the trunk, embeddings of 224 modules and 8 directions,
@@ -176,7 +176,7 @@ def test_outputs_start_at_the_given_size(hidden: int) -> None:
 
 def test_generate_starts_with_unit_norm_directions_and_no_change_of_the_model() -> None:
     layout = FactorLayout(adapted_modules(build_llama()))
-    triple = build_networks(layout, small("attention"), singular_values=True, rule=UpdateRule("generate"), seed=0)
+    triple = build_networks(layout, small("attention"), start=(1.0, 0.0, 1.0), rule=UpdateRule("generate"), seed=0)
     assert triple.lam is not None
     shapes = [(len(c.members), RANK - 1, c.dim) for c in layout.inputs]
     live = [torch.ones(s[:2], dtype=torch.bool) for s in shapes]
@@ -189,7 +189,7 @@ def test_generate_starts_with_unit_norm_directions_and_no_change_of_the_model() 
 def test_same_seed_same_network() -> None:
     layout = FactorLayout(adapted_modules(build_llama()))
     a, b, c = (
-        build_networks(layout, small("mlp"), singular_values=True, rule=UpdateRule("generate"), seed=s)
+        build_networks(layout, small("mlp"), start=(1.0, 0.0, 1.0), rule=UpdateRule("generate"), seed=s)
         for s in (1, 1, 2)
     )
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
@@ -209,7 +209,7 @@ def test_layers_that_differ_cannot_have_their_own_networks() -> None:
     lora = LoraConfig(r=2, target_modules=r".*(layers\.0\.self_attn\.q_proj|layers\.[01]\.mlp\.up_proj)")
     layout = FactorLayout(adapted_modules(get_peft_model(model, lora)))
     with pytest.raises(ValueError, match="same modules in every layer"):
-        build_networks(layout, small("mlp", per_layer=True), singular_values=True, rule=UpdateRule(), seed=0)
+        build_networks(layout, small("mlp", per_layer=True), start=(1.0, 0.0, 1.0), rule=UpdateRule(), seed=0)
 
 
 def test_unknown_kind() -> None:

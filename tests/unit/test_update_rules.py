@@ -44,9 +44,8 @@ class Bench:
             [normal(*c.buffer.shape) for c in layout.inputs],
         )
         rule = UpdateRule(name, scale=SCALE, friction=friction, reanchor_every=every)  # type: ignore[arg-type]
-        networks = build_networks(
-            layout, HypernetworkSpec(hidden_size=24, heads=2), singular_values=singular_values, rule=rule, seed=0
-        )
+        start = (1.0, 0.0, 1.0) if singular_values else (0.0, None, 1.0)
+        networks = build_networks(layout, HypernetworkSpec(hidden_size=24, heads=2), start=start, rule=rule, seed=0)
         self.source = GeneratedFactors(
             self.start.like([t.clone() for t in self.start.tensors()]), networks, rule, AdamSettings(), self.live
         )
