@@ -21,7 +21,7 @@ from hyperlora.hypernetworks import HypernetworkSpec, Kind
 from hyperlora.optimizer import METHODS as FACTOR_METHODS
 from hyperlora.optimizer import Factorization, Initialization
 from hyperlora.pruning import BudgetPlan, Pruning, Schedule, Score
-from hyperlora.update_rules import AdamSettings, Rule, UpdateRule
+from hyperlora.update_rules import AdamSettings, Direction, Rule, UpdateRule
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -147,6 +147,11 @@ class OptimizerConfig(Section):
     lambda_ratio: Rate = Field(1.0, description="learning rates of λ and H_Λ over those of P, Q, H_P and H_Q")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of the moments")
     eps: Rate = Field(1e-8, description="added to the root of the second moment")
+    direction: Direction | None = Field(
+        None,
+        description="of the steps of direct factors: adam, or orthogonal, the polar factor of Adam's direction; "
+        "null: orthogonal for hyperadalora under hybrid",
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled, per unit of learning rate")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="clip of the gradient; null: none")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="of all learning rates")
@@ -497,6 +502,10 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
         )
     if r.backend == "local" and r.num_workers > 1:
         add("ray.num_workers", r.num_workers, "ray.backend=local runs one worker; use ray.backend=ray for more")
+    if recipe.optimizer.direction == "orthogonal" and METHODS[recipe.method].hypernetwork and h.update != "hybrid":
+        add(
+            "optimizer.direction", "orthogonal", f"adam for hypernetwork.update={h.update}: nothing is updated directly"
+        )
     if h.kind == "attention" and h.hidden_size % h.heads:
         add("hypernetwork.heads", h.heads, f"must divide hypernetwork.hidden_size = {h.hidden_size}")
     target = recipe.adapter.target_rank

@@ -27,6 +27,7 @@ from hyperlora.update_rules import (
     Adam,
     AdamSettings,
     DirectFactors,
+    Direction,
     FactorSource,
     GeneratedFactors,
     LearningRates,
@@ -95,6 +96,9 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         factorization: of methods with singular values. ``triplet`` updates P, λ and Q each for itself, as AdaLoRA does;
             ``fused`` updates P and S = diag(λ)Q, so that λ_k = ‖S_k‖ and a direction turns as fast while its λ is small
             as later. ``None`` takes ``fused`` for generated and ``triplet`` for direct factors.
+        direction: of the steps of direct factors and of the direct part of ``hybrid``: ``adam``, or ``orthogonal``, the
+            polar factor of Adam's direction in each matrix. ``None`` takes ``orthogonal`` for ``hyperadalora`` under
+            ``hybrid`` and ``adam`` otherwise.
         max_grad_norm: clip the averaged gradient of A, B and other parameters to this norm; ``None`` does not.
         seed: of factors, hypernetworks and truncation.
         process_group: average gradients over it in one all-reduce per step; ``None`` leaves that to the caller (DDP).
@@ -124,6 +128,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         adam: AdamSettings | None = None,
         initialization: Initialization = "orthonormal",
         factorization: Factorization | None = None,
+        direction: Direction | None = None,
         max_grad_norm: float | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
@@ -142,6 +147,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         modules = adapted_modules(model, adapter_name)
         if self.method.dora and not all(m.dora for m in modules):
             raise ValueError(f"method {method!r} needs DoRA layers: LoraConfig(use_dora=True)")
+        rule = update_rule or UpdateRule()
+        direction = self._resolved_direction(direction, rule)
         #: Whether λ and Q are one tensor, S = diag(λ)Q.
         self.fused = self.method.singular_values and (
             factorization == "fused" or (factorization is None and self.method.hypernetwork)
@@ -165,7 +172,6 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         initial = self._initial_factors(initialization, dtype)
         self.source: FactorSource
         if self.method.hypernetwork:
-            rule = update_rule or UpdateRule()
             networks = build_networks(
                 self.layout,
                 hypernetwork or HypernetworkSpec(),
@@ -173,9 +179,10 @@ class HyperAdaLoRA(torch.optim.Optimizer):
                 rule=rule,
                 seed=seed,
             )
-            self.source = GeneratedFactors(initial, networks, rule, self._adam_settings, self._live_tokens())
+            live = self._live_tokens()
+            self.source = GeneratedFactors(initial, networks, rule, self._adam_settings, live, direction)
         else:
-            self.source = DirectFactors(initial, self._adam_settings)
+            self.source = DirectFactors(initial, self._adam_settings, direction)
 
         owned = {id(p) for m in modules for p in (m.a, m.b)}
         self._other = [p for p in model.parameters() if p.requires_grad and id(p) not in owned]
@@ -208,6 +215,16 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         self._write()
 
     # ---------------------------------------------------------------- construction
+
+    def _resolved_direction(self, direction: Direction | None, rule: UpdateRule) -> Direction:
+        if direction not in (None, *get_args(Direction)):
+            raise ValueError(f"direction {direction!r} is unknown; allowed: {', '.join(get_args(Direction))}")
+        direct = not self.method.hypernetwork or rule.name == "hybrid"
+        if direction == "orthogonal" and not direct:
+            raise ValueError(f"direction='orthogonal' is of direct factors; update rule {rule.name!r} has none")
+        if direction is None:
+            return "orthogonal" if self.method_name == "hyperadalora" and direct else "adam"
+        return direction
 
     def _plan(self, pruning: Pruning, initial: int, target_rank: float | None, total: int | None) -> BudgetPlan:
         modules = len(self.layout.modules)

@@ -191,6 +191,7 @@ def build_optimizer(recipe: Recipe, model: PeftModel, total_steps: int, world: W
             adam=recipe.adam_settings(),
             initialization=recipe.adapter.initialization,
             factorization=recipe.adapter.factorization,
+            direction=o.direction,
             max_grad_norm=o.max_grad_norm,
             seed=recipe.seed,
             process_group=world.group,

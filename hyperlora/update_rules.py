@@ -26,7 +26,9 @@ from torch.optim.adamw import adamw
 
 from hyperlora.factors import FactorLayout, Factors
 from hyperlora.hypernetworks import HypernetworkSpec, HypernetworkTriple
+from hyperlora.polar import polar
 
+Direction = Literal["adam", "orthogonal"]
 Rule = Literal["generate", "residual", "friction", "anchored", "reanchored", "hybrid"]
 
 
@@ -75,11 +77,22 @@ class Adam:
         self._steps = [torch.zeros((), dtype=torch.float32, device=t.device) for t in tensors]
 
     def step(self, gradients: list[Tensor], lr: float, found_inf: Tensor) -> None:
-        if not self._tensors:
+        self._run(self._tensors, gradients, lr, self._settings.weight_decay, found_inf)
+
+    def direction(self, gradients: list[Tensor], found_inf: Tensor) -> list[Tensor]:
+        """Update the moments alone; returns -m̂/(√v̂ + ε) for each tensor, zero when the step is skipped."""
+        result = [torch.zeros_like(t) for t in self._tensors]
+        self._run(result, gradients, 1.0, 0.0, found_inf)
+        return result
+
+    def _run(
+        self, target: list[Tensor], gradients: list[Tensor], lr: float, weight_decay: float, found_inf: Tensor
+    ) -> None:
+        if not target:
             return
         beta1, beta2 = self._settings.betas
         adamw(
-            self._tensors,
+            target,
             [g.contiguous() for g in gradients],
             self._mean,
             self._square,
@@ -91,7 +104,7 @@ class Adam:
             beta1=beta1,
             beta2=beta2,
             lr=lr,
-            weight_decay=self._settings.weight_decay,
+            weight_decay=weight_decay,
             eps=self._settings.eps,
             maximize=False,
         )
@@ -103,17 +116,41 @@ class Adam:
 
 
 class FactorAdam:
-    """AdamW over P, Q and, at its own rate, λ."""
+    """AdamW over P, Q and, at its own rate, λ.
 
-    def __init__(self, factors: Factors, settings: AdamSettings) -> None:
+    Args:
+        factors: the tensors to move, in place.
+        settings: constants of AdamW.
+        direction: ``adam``, or ``orthogonal``: P and Q move along the polar factor of Adam's direction, √d times as
+            long, so that an entry moves by the learning rate in the root mean square, as in Adam's first step.
+    """
+
+    def __init__(self, factors: Factors, settings: AdamSettings, direction: Direction = "adam") -> None:
+        self._factors, self._decay, self._direction = factors, settings.weight_decay, direction
         self._matrices = Adam([*factors.p, *factors.q], settings)
         self._lam = Adam([] if factors.lam is None else [factors.lam], settings)
 
-    def step(self, gradients: Factors, lr: float, ratio: float, found_inf: Tensor) -> None:
-        """``ratio`` is λ's learning rate over that of P and Q."""
-        self._matrices.step([*gradients.p, *gradients.q], lr, found_inf)
+    def step(self, gradients: Factors, lr: float, ratio: float, found_inf: Tensor, live: list[Tensor]) -> None:
+        """``ratio`` is λ's learning rate over that of P and Q; ``live`` as the hypernetworks get it."""
+        if self._direction == "adam":
+            self._matrices.step([*gradients.p, *gradients.q], lr, found_inf)
+        else:
+            self._orthogonal_step(gradients, lr, found_inf, live)
         if gradients.lam is not None:
             self._lam.step([gradients.lam], lr * ratio, found_inf)
+
+    def _orthogonal_step(self, gradients: Factors, lr: float, found_inf: Tensor, live: list[Tensor]) -> None:
+        n = len(self._factors.p)
+        masks = [*live[:n], *live[len(live) - len(self._factors.q) :]]
+        moves = self._matrices.direction([*gradients.p, *gradients.q], found_inf)
+        # A pruned direction still has moments, but no say in where the others go.
+        rows = [m.transpose(1, 2) if i < n else m for i, m in enumerate(moves)]
+        rows = polar([r * mask.unsqueeze(-1) for r, mask in zip(rows, masks, strict=True)])
+        moves = [(r.transpose(1, 2) if i < n else r) * r.shape[-1] ** 0.5 for i, r in enumerate(rows)]
+        tensors = [*self._factors.p, *self._factors.q]
+        if self._decay:
+            torch._foreach_mul_(tensors, 1 - lr * self._decay * (1 - found_inf).to(tensors[0].dtype))
+        torch._foreach_add_(tensors, moves, alpha=lr)
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         return self._matrices.state(prefix) | self._lam.state(f"{prefix}.lam")
@@ -153,12 +190,12 @@ class FactorSource(Protocol):
 class DirectFactors:
     """AdamW on P, λ, Q themselves: AdaLoRA's own parametrisation, and LoRA's when there is no λ."""
 
-    def __init__(self, initial: Factors, settings: AdamSettings) -> None:
+    def __init__(self, initial: Factors, settings: AdamSettings, direction: Direction = "adam") -> None:
         self.factors = initial
-        self._adam = FactorAdam(initial, settings)
+        self._adam = FactorAdam(initial, settings, direction)
 
     def advance(self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor]) -> None:
-        self._adam.step(gradients, rates.factors, rates.singular_values, found_inf)
+        self._adam.step(gradients, rates.factors, rates.singular_values, found_inf, live)
 
     def state(self) -> dict[str, Tensor]:
         return {f"factors.{n}": t for n, t in enumerate(self.factors.tensors())} | self._adam.state("adam.factors")
@@ -180,6 +217,7 @@ class GeneratedFactors:
         rule: UpdateRule,
         settings: AdamSettings,
         live: list[Tensor],
+        direction: Direction = "adam",
     ) -> None:
         self.networks, self.rule = networks, rule
         lam = set() if networks.lam is None else {id(p) for p in networks.lam.parameters()}
@@ -193,7 +231,7 @@ class GeneratedFactors:
         self._input = initial.like([t.clone() for t in initial.tensors()])
         self._base = initial.like([t.clone() for t in initial.tensors()])
         self._adam_phi = [Adam(part, settings) for part in self._phi]
-        self._adam_base = FactorAdam(self._base, settings) if rule.name == "hybrid" else None
+        self._adam_base = FactorAdam(self._base, settings, direction) if rule.name == "hybrid" else None
         self._step = torch.zeros((), dtype=torch.int64)
         self._generate(live)
 
@@ -240,7 +278,7 @@ class GeneratedFactors:
         self._step += 1
         if name == "hybrid":
             assert self._adam_base is not None
-            self._adam_base.step(gradients, rates.factors, rates.singular_values, found_inf)
+            self._adam_base.step(gradients, rates.factors, rates.singular_values, found_inf, live)
         elif name == "generate":
             self._keep(self._input, found_inf)
         elif name in ("residual", "friction"):

@@ -293,7 +293,7 @@ def test_adam_moves_every_entry_of_p_against_its_own_gradient(initialization: st
     """Adam's first step is the sign of the gradient; a factor stored column by column once got others' signs."""
     model = build_llama()
     method = "adalora" if rule == "direct" else "hyperadalora"
-    optimizer = build_optimizer(model, method, rule, initialization=initialization, gamma=0.0, factorization="triplet")
+    optimizer = build_optimizer(model, method, rule, initialization=initialization, gamma=0.0, direction="adam")
     assert all(t.is_contiguous() for t in optimizer.source.factors.tensors())
     if rule not in ("direct", "hybrid"):
         return
