@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hyperlora.config import METHODS, ModelConfig, Problem, Recipe, RecipeError
+from hyperlora.optimizer import GAMMA
 
 BUILTIN = "builtin:"
 
@@ -125,7 +126,7 @@ def lora_config(recipe: Recipe, num_labels: int | None, total_steps: int) -> Lor
             deltaT=pruning.interval,
             beta1=pruning.beta1,
             beta2=pruning.beta2,
-            orth_reg_weight=recipe.gamma,
+            orth_reg_weight=GAMMA if recipe.gamma is None else recipe.gamma,
             total_step=total_steps,
             **common,
         )

@@ -141,8 +141,8 @@ class OptimizerConfig(Section):
     """AdamW, its learning rates and schedule."""
 
     lr: Rate = Field(3e-3, description="of direct factors")
-    trunk_lr: Rate | None = Field(None, description="of the hypernetworks' trunks; null: lr")
-    output_lr: Rate | None = Field(None, description="of the hypernetworks' output maps; null: lr")
+    trunk_lr: Rate | None = Field(None, description="of the hypernetworks' trunks; null: lr, 0.3 lr for hybrid")
+    output_lr: Rate | None = Field(None, description="of their output maps; null: lr, 0.3 lr for hybrid")
     other_lr: Rate | None = Field(None, description="of heads and magnitudes; null: lr")
     lambda_ratio: Rate = Field(1.0, description="learning rates of λ and H_Λ over those of P, Q, H_P and H_Q")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of the moments")
@@ -240,7 +240,9 @@ class Recipe(Section):
     description: str = Field("", description="one line for `hyperlora recipes`")
     seed: NonNegative = Field(0, description="of data order, initial values and dropout")
     method: MethodName = Field("hyperadalora", description="one of: " + ", ".join(METHODS))
-    gamma: Annotated[float, Field(ge=0)] = Field(0.1, description="γ, weight of the orthogonality penalty")
+    gamma: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="γ, weight of the orthogonality penalty; null: 0.1 for triplets, 0 for fused factors"
+    )
     model: ModelConfig
     task: TaskConfig
     data: DataConfig

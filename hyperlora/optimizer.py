@@ -38,6 +38,10 @@ from hyperlora.update_rules import (
 
 Initialization = Literal["orthonormal", "gaussian"]
 Factorization = Literal["triplet", "fused"]
+#: γ of triplets when none is given; AdaLoRA's range for GLUE is 0.1 to 0.3.
+GAMMA = 0.1
+#: Learning rate of hypernetworks over that of direct factors under ``hybrid`` (docs/decisions.md).
+BESIDE = 0.3
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,16 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         model: a PEFT model with LoRA layers of one initial rank, on its final device.
         lr: of direct factors (``lora``, ``dora``, ``dylora``, ``adalora``, and the direct part of ``hybrid``).
         method: a key of :data:`METHODS`.
-        trunk_lr: of the hypernetworks without their output maps; ``None`` takes ``lr``.
-        output_lr: of the output maps; ``None`` takes ``lr``.
+        trunk_lr: of the hypernetworks without their output maps; ``None`` takes ``lr``, and under ``hybrid``, where the
+            direct factors learn beside them, :data:`BESIDE` times ``lr``.
+        output_lr: of the output maps; ``None`` as for ``trunk_lr``.
         other_lr: of all other trainable parameters; ``None`` takes ``lr``.
         lambda_ratio: learning rates of λ and H_Λ over those of P, Q, H_P and H_Q.
         total_steps: T, optimizer steps of the whole run; needed when ranks are to fall.
         target_rank: mean rank over the modules at the end; ``None`` keeps the initial rank.
         pruning: schedule and score; used by methods with singular values.
-        gamma: weight of the orthogonality penalty in the training objective; it is in no reported loss.
+        gamma: weight of the orthogonality penalty in the training objective; it is in no reported loss. ``None`` takes
+            :data:`GAMMA` for triplets, and 0 where P and diag(λ)Q are updated.
         hypernetwork: kind and size.
         update_rule: how outputs become factors.
         adam: constants of AdamW.
@@ -122,7 +128,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         total_steps: int | None = None,
         target_rank: float | None = None,
         pruning: Pruning | None = None,
-        gamma: float = 0.1,
+        gamma: float | None = None,
         hypernetwork: HypernetworkSpec | None = None,
         update_rule: UpdateRule | None = None,
         adam: AdamSettings | None = None,
@@ -155,6 +161,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         )
         self.layout = FactorLayout(modules)
         self._adam_settings = adam or AdamSettings()
+        if gamma is None:
+            gamma = 0.0 if self.fused else GAMMA
         self._gamma = gamma if self.method.singular_values else 0.0
         self._lambda_ratio = lambda_ratio
         self._max_grad_norm = max_grad_norm
@@ -190,21 +198,21 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         self._allocate_gradients(dtype, device)
         self._smoothed = self._build_smoothed()
 
-        rate = {"trunk": trunk_lr, "output": output_lr, "other": other_lr}
+        generator_lr = BESIDE * lr if rule.name == "hybrid" else lr
         generated = self.source if isinstance(self.source, GeneratedFactors) else None
         groups: list[dict[str, Any]] = [
             {"params": [p for m in modules for p in (m.a, m.b)], "lr": lr, "name": "factors"},
             {
                 "params": generated.networks.trunk_parameters() if generated else [],
-                "lr": lr if rate["trunk"] is None else rate["trunk"],
+                "lr": generator_lr if trunk_lr is None else trunk_lr,
                 "name": "hypernetwork_trunk",
             },
             {
                 "params": generated.networks.output_parameters() if generated else [],
-                "lr": lr if rate["output"] is None else rate["output"],
+                "lr": generator_lr if output_lr is None else output_lr,
                 "name": "hypernetwork_output",
             },
-            {"params": self._other, "lr": lr if rate["other"] is None else rate["other"], "name": "other"},
+            {"params": self._other, "lr": lr if other_lr is None else other_lr, "name": "other"},
         ]
         super().__init__(groups, {"lr": lr})
         #: Device tensors of the last step: loss-like ``metrics`` averaged over workers, ``grad_norm``, ``found_inf``,
