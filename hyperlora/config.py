@@ -141,8 +141,8 @@ class OptimizerConfig(Section):
     """AdamW, its learning rates and schedule."""
 
     lr: Rate = Field(3e-3, description="of direct factors")
-    trunk_lr: Rate | None = Field(None, description="of the hypernetworks' trunks; null: lr, 0.3 lr for hybrid")
-    output_lr: Rate | None = Field(None, description="of their output maps; null: lr, 0.3 lr for hybrid")
+    trunk_lr: Rate | None = Field(None, description="of the hypernetworks' trunks; null: lr, 0.05 lr for hybrid")
+    output_lr: Rate | None = Field(None, description="of their output maps; null: lr, 0.05 lr for hybrid")
     other_lr: Rate | None = Field(None, description="of heads and magnitudes; null: lr")
     lambda_ratio: Rate = Field(1.0, description="learning rates of λ and H_Λ over those of P, Q, H_P and H_Q")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of the moments")

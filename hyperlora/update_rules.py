@@ -29,6 +29,8 @@ from hyperlora.hypernetworks import HypernetworkSpec, HypernetworkTriple
 from hyperlora.polar import polar
 
 Direction = Literal["adam", "orthogonal"]
+#: What AdamW's updates usually measure (arXiv 2502.16982, section 2.2), so that its learning rates carry over.
+UPDATE_RMS = 0.2
 Rule = Literal["generate", "residual", "friction", "anchored", "reanchored", "hybrid"]
 
 
@@ -121,8 +123,8 @@ class FactorAdam:
     Args:
         factors: the tensors to move, in place.
         settings: constants of AdamW.
-        direction: ``adam``, or ``orthogonal``: P and Q move along the polar factor of Adam's direction, √d times as
-            long, so that an entry moves by the learning rate in the root mean square, as in Adam's first step.
+        direction: ``adam``, or ``orthogonal``: P and Q move along the polar factor of Adam's direction, so long that an
+            entry moves by :data:`UPDATE_RMS` learning rates in the root mean square.
     """
 
     def __init__(self, factors: Factors, settings: AdamSettings, direction: Direction = "adam") -> None:
@@ -146,7 +148,7 @@ class FactorAdam:
         # A pruned direction still has moments, but no say in where the others go.
         rows = [m.transpose(1, 2) if i < n else m for i, m in enumerate(moves)]
         rows = polar([r * mask.unsqueeze(-1) for r, mask in zip(rows, masks, strict=True)])
-        moves = [(r.transpose(1, 2) if i < n else r) * r.shape[-1] ** 0.5 for i, r in enumerate(rows)]
+        moves = [(r.transpose(1, 2) if i < n else r) * (UPDATE_RMS * r.shape[-1] ** 0.5) for i, r in enumerate(rows)]
         tensors = [*self._factors.p, *self._factors.q]
         if self._decay:
             torch._foreach_mul_(tensors, 1 - lr * self._decay * (1 - found_inf).to(tensors[0].dtype))

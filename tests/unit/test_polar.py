@@ -7,6 +7,7 @@ import torch
 from models import build_llama, build_optimizer, train_steps
 
 from hyperlora.polar import polar
+from hyperlora.update_rules import UPDATE_RMS
 
 
 def test_equals_the_singular_value_decomposition() -> None:
@@ -56,7 +57,7 @@ def test_every_live_direction_moves_and_by_the_learning_rate(method: str, rule: 
             assert torch.equal(new[place][~mask[index]], old[place][~mask[index]]), "pruned directions rest"
             if len(move) == 0:
                 continue
-            gram = move @ move.T / (1e-3**2 * move.shape[1])
+            gram = move @ move.T / ((UPDATE_RMS * 1e-3) ** 2 * move.shape[1])
             torch.testing.assert_close(gram, torch.eye(len(move)), rtol=0.0, atol=0.06)
 
 
