@@ -494,9 +494,9 @@ def _guide(result: Mapping[str, Any]) -> str:
         ),
         (
             "Intervals",
-            "Ratios and differences are formed within each seed, then averaged. Intervals are percentile bootstrap "
-            "intervals of that mean (10,000 resamples of the seeds). With few seeds they are too narrow: at five seeds "
-            "they cover the true mean in about 85 % of the cases, not 95 % (simulated with normal values). With many "
+            "Ratios and differences are formed within each seed, then averaged. Intervals are expanded percentile "
+            "bootstrap intervals of that mean (20,000 resamples of the seeds; Hesterberg 2015). Simulated with normal "
+            "values, at five seeds they cover the true mean in 91 % of the cases, at ten in 96 %. With many "
             "contestants, the best of them owes part of its lead to luck.",
         ),
         (

@@ -124,6 +124,16 @@ def test_bootstrap_interval_is_that_of_the_normal_law_for_many_values() -> None:
     assert found["high"] == pytest.approx(values.mean() + half, abs=0.1 * half)
 
 
+def test_intervals_of_five_seeds_cover_the_mean() -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(300):
+        found = interval(rng.standard_normal(5).tolist())
+        covered += found["low"] <= 0 <= found["high"]
+    # The plain percentile interval comes to 83 %.
+    assert 0.87 <= covered / 300 <= 0.97
+
+
 def test_stability_of_ranks() -> None:
     assert rank_stability([[1, 2, 3], [2, 4, 9]]) == pytest.approx(1)
     assert rank_stability([[1, 2, 3], [3, 2, 1], [1, 2, 3]]) == pytest.approx((1 - 1 - 1) / 3)

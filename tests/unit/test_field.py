@@ -119,7 +119,8 @@ def test_final_rank_keeps_the_scale(tmp_path: Path) -> None:
 def test_other_rate_is_the_recipes_own_and_does_not_follow_the_search(tmp_path: Path) -> None:
     field = read_field(write(tmp_path, {"baseline": "a", "contestants": [{"name": "a"}]}))
     (a,) = resolve(field, base())
-    assert a.recipe.optimizer.other_lr == 5e-3
+    assert base().optimizer.other_lr is None
+    assert a.recipe.optimizer.other_lr == base().optimizer.lr
 
 
 def test_all_that_is_wrong_with_a_field_file(tmp_path: Path) -> None:
