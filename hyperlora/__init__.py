@@ -4,5 +4,15 @@ from hyperlora.hypernetworks import HypernetworkSpec
 from hyperlora.optimizer import METHODS, HyperAdaLoRA, Method
 from hyperlora.pruning import Pruning
 from hyperlora.update_rules import AdamSettings, UpdateRule
+from hyperlora.warm_start import start_from
 
-__all__ = ["METHODS", "AdamSettings", "HyperAdaLoRA", "HypernetworkSpec", "Method", "Pruning", "UpdateRule"]
+__all__ = [
+    "METHODS",
+    "AdamSettings",
+    "HyperAdaLoRA",
+    "HypernetworkSpec",
+    "Method",
+    "Pruning",
+    "UpdateRule",
+    "start_from",
+]

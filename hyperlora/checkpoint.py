@@ -61,8 +61,12 @@ def replace_file(uri: str, name: str, data: bytes) -> None:
 
 def save(run_uri: str, step: int, tensors: dict[str, Tensor], trainer: dict[str, Any], files: dict[str, bytes]) -> str:
     """Write one checkpoint of a run; returns its URI."""
-    fs, root = filesystem(run_uri)
-    folder = f"{root}/checkpoints/step-{step:08d}"
+    return write(f"{run_uri.rstrip('/')}/checkpoints/step-{step:08d}", step, tensors, trainer, files)
+
+
+def write(uri: str, step: int, tensors: dict[str, Tensor], trainer: dict[str, Any], files: dict[str, bytes]) -> str:
+    """Write the folder of one checkpoint, the marker last; returns its URI."""
+    fs, folder = filesystem(uri)
     content = {**files, "state.safetensors": pack(tensors), "trainer.json": pack_json(trainer)}
     marker = {
         "format": FORMAT,

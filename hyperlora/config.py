@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hyperlora.baselines import BASELINES, SINGLE_WORKER
-from hyperlora.hypernetworks import HypernetworkSpec, Kind
+from hyperlora.hypernetworks import Freeze, HypernetworkSpec, Kind
 from hyperlora.optimizer import METHODS as FACTOR_METHODS
 from hyperlora.optimizer import Factorization, Initialization
 from hyperlora.pruning import BudgetPlan, Pruning, Schedule, Score
@@ -135,6 +135,12 @@ class HypernetworkConfig(Section):
     scale: Annotated[float, Field(gt=0)] = Field(1.0, description="a, weight of the generated part")
     friction: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="μ of the friction rule")
     reanchor_every: Positive = Field(50, description="K of the reanchored rule, optimizer steps")
+    init_from: str | None = Field(
+        None, description="run, checkpoint or trial folder, or URI, whose hypernetworks to start with; null: new ones"
+    )
+    freeze: Freeze = Field(
+        "none", description="what does not learn: trunk is all but the maps of each dimension; all needs init_from"
+    )
 
 
 class OptimizerConfig(Section):
@@ -298,12 +304,17 @@ class Recipe(Section):
             update={"path": absolute(self.model.path), "tokenizer": absolute(self.model.tokenizer)}
         )
         data = self.data.model_copy(update={"root": absolute(self.data.root)})
+        hypernetwork, source = self.hypernetwork, self.hypernetwork.init_from
+        if source is not None and "://" not in source:
+            # Also when it is gone: a resumed run needs it no more, and has to say the same.
+            hypernetwork = hypernetwork.model_copy(update={"init_from": str(Path(source).absolute())})
         monitors = self.monitors.model_copy(update={"baseline": absolute(self.monitors.baseline)})
         mlflow = self.mlflow
         if mlflow.tracking_uri.startswith("sqlite:///"):
             database = Path(mlflow.tracking_uri.removeprefix("sqlite:///")).absolute()
             mlflow = mlflow.model_copy(update={"tracking_uri": f"sqlite:///{database}"})
-        return self.model_copy(update={"model": model, "data": data, "monitors": monitors, "mlflow": mlflow})
+        changed = {"model": model, "data": data, "hypernetwork": hypernetwork, "monitors": monitors, "mlflow": mlflow}
+        return self.model_copy(update=changed)
 
     def hypernetwork_spec(self) -> HypernetworkSpec:
         c = self.hypernetwork
@@ -510,6 +521,7 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
         )
     if h.kind == "attention" and h.hidden_size % h.heads:
         add("hypernetwork.heads", h.heads, f"must divide hypernetwork.hidden_size = {h.hidden_size}")
+    found += _warm_start_problems(recipe)
     target = recipe.adapter.target_rank
     if target is not None and target > recipe.adapter.rank:
         add("adapter.target_rank", target, f"at most adapter.rank = {recipe.adapter.rank}")
@@ -539,6 +551,25 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
         add("task.max_new_tokens", recipe.task.max_new_tokens, f"less than task.max_length = {recipe.task.max_length}")
     if t.steps is not None and not found:
         found += schedule_problems(recipe, t.steps, modules=1)
+    return found
+
+
+def _warm_start_problems(recipe: Recipe) -> list[Problem]:
+    """Starts of hypernetworks that cannot be, and freezing after which nothing learns."""
+    h, found = recipe.hypernetwork, []
+    if not METHODS[recipe.method].hypernetwork:
+        without = f"for method={recipe.method}, which has no hypernetworks"
+        if h.init_from is not None:
+            found.append(Problem("hypernetwork.init_from", h.init_from, f"null {without}"))
+        if h.freeze != "none":
+            found.append(Problem("hypernetwork.freeze", h.freeze, f"none {without}"))
+    elif h.freeze == "all":
+        if h.update != "hybrid":
+            allowed = f"none or trunk for hypernetwork.update={h.update}: nothing else learns the factors"
+            found.append(Problem("hypernetwork.freeze", "all", allowed))
+        if h.init_from is None:
+            allowed = "none or trunk without hypernetwork.init_from: new output maps generate nothing"
+            found.append(Problem("hypernetwork.freeze", "all", allowed))
     return found
 
 

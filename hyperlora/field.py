@@ -113,7 +113,7 @@ def resolve(field: FieldConfig, base: Recipe, only: Sequence[str] = ()) -> list[
         changes = (_final_rank(base) if contestant.rank == "final" else {}) | contestant.set
         try:
             overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-            recipe = parse(apply_overrides(content, overrides))
+            recipe = parse(apply_overrides(content, overrides)).with_absolute_paths()
         except RecipeError as error:
             problems += [Problem(f"{contestant.name}: {p.field}", p.value, p.allowed) for p in error.problems]
             continue

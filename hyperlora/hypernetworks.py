@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Kind = Literal["attention", "mlp", "cnn"]
+Freeze = Literal["none", "trunk", "all"]
 CNN_KERNEL = 3
 
 
@@ -287,3 +288,10 @@ class HypernetworkTriple(nn.Module):
     def output_parameters(self) -> list[nn.Parameter]:
         """The maps from the hidden size back to the factors."""
         return [p for n, p in self.named_parameters() if "output_maps" in n]
+
+    def covered_by(self, freeze: Freeze) -> list[str]:
+        """Names of the parameters that do not learn: none, all but the maps of each dimension d, or all."""
+        if freeze == "none":
+            return []
+        maps = (".embed.", ".output_maps.") if freeze == "trunk" else ()
+        return [n for n, _ in self.named_parameters() if not any(part in n for part in maps)]

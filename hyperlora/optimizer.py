@@ -11,8 +11,8 @@ Shape legend: M modules, m modules of one shape class, r directions (initial ran
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -179,10 +179,12 @@ class HyperAdaLoRA(torch.optim.Optimizer):
 
         initial = self._initial_factors(initialization, dtype)
         self.source: FactorSource
-        if self.method.hypernetwork:
+        #: Kind and size of the hypernetworks; None for direct factors.
+        self.hypernetwork = (hypernetwork or HypernetworkSpec()) if self.method.hypernetwork else None
+        if self.hypernetwork is not None:
             networks = build_networks(
                 self.layout,
-                hypernetwork or HypernetworkSpec(),
+                self.hypernetwork,
                 start=self._start(),
                 rule=rule,
                 seed=seed,
@@ -519,6 +521,43 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         self._full_rank_written = full_rank
         self.layout.write(factors, gain)
 
+    # ---------------------------------------------------------------- hypernetworks of an earlier run
+
+    def take_networks(self, values: Mapping[str, Tensor], frozen: Collection[str] = ()) -> None:
+        """Give parameters of the hypernetworks other values before the first step, and keep some as they are.
+
+        Reading them from an earlier run is :func:`hyperlora.start_from`'s part.
+
+        Args:
+            values: new values by the names that ``source.networks.named_parameters()`` gives; the others stay.
+            frozen: names of the parameters that do not learn: they get neither gradients nor optimizer state.
+
+        Raises:
+            ValueError: the method has no hypernetworks, a step was taken, a name or shape is not theirs, or the update
+                rule cannot work with frozen output maps.
+        """
+        if not isinstance(self.source, GeneratedFactors):
+            raise ValueError(f"method {self.method_name!r} has no hypernetworks")
+        if self.steps_done:
+            raise ValueError(f"{self.steps_done} steps are done; hypernetworks are taken over before the first one")
+        ours = {name: p.detach() for name, p in self.source.networks.named_parameters()}
+        unknown = sorted({*values, *frozen} - ours.keys())
+        if unknown:
+            raise ValueError(f"the hypernetworks have no {', '.join(unknown)}; they have {', '.join(ours)}")
+        self._freeze(frozen)
+        copy_state({name: ours[name] for name in values}, values)
+        self.source.restored(self._live_tokens())
+        self._write()
+
+    def _freeze(self, names: Collection[str]) -> None:
+        assert isinstance(self.source, GeneratedFactors)
+        self.source.freeze(names, self._live_tokens())
+        networks = self.source.networks
+        for group, parameters in zip(
+            self.param_groups[1:3], (networks.trunk_parameters(), networks.output_parameters()), strict=True
+        ):
+            group["params"] = [p for p in parameters if p.requires_grad]
+
     # ---------------------------------------------------------------- what others ask
 
     def ranks(self) -> dict[str, int]:
@@ -569,6 +608,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             "steps_done": self.steps_done,
             "live": self.live,
             "modules": [m.name for m in self.layout.modules],
+            "hypernetwork": None if self.hypernetwork is None else asdict(self.hypernetwork),
+            "frozen": self.source.frozen if isinstance(self.source, GeneratedFactors) else [],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -581,6 +622,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             raise ValueError(f"the state is of method {state_dict['method']!r}, this run's is {self.method_name!r}")
         if list(state_dict["modules"]) != [m.name for m in self.layout.modules]:
             raise ValueError("the state is of a model with other adapted modules")
+        if isinstance(self.source, GeneratedFactors) and state_dict["frozen"] != self.source.frozen:
+            self._freeze(state_dict["frozen"])
         copy_state(self._tensors(), state_dict["state"])
         self.steps_done, self.live = int(state_dict["steps_done"]), int(state_dict["live"])
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):

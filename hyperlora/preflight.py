@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hyperlora.adapters import attach, load_config, load_tokenizer, model_problems, prepare
 from hyperlora.config import METHODS, Problem, Recipe, RecipeError
 from hyperlora.monitors import read_baseline
+from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.tasks import Task, build_task
 from hyperlora.training import World, build_optimizer
+from hyperlora.warm_start import Source, read, start_from
 
 
 @dataclass(frozen=True)
@@ -78,21 +80,32 @@ def meta_model(recipe: Recipe, task: Task, total_steps: int) -> PeftModel:
     return prepare(model, recipe)
 
 
-def _sizes(recipe: Recipe, model: PeftModel, steps: int) -> tuple[Sizes, int, int]:
+def _sizes(recipe: Recipe, model: PeftModel, steps: int, source: Source | None = None) -> tuple[Sizes, int, int]:
     optimizer = build_optimizer(recipe, model, steps, World(device=torch.device("meta")))
+    if isinstance(optimizer, HyperAdaLoRA) and (source is not None or recipe.hypernetwork.freeze == "trunk"):
+        start_from(optimizer, source, recipe.hypernetwork.freeze)
     sizes = Sizes(
         optimizer.trainable_parameters, optimizer.layout.parameters, optimizer.state_bytes, optimizer.owned_bytes
     )
     return sizes, optimizer.plan.initial, optimizer.plan.target
 
 
-def inspect(recipe: Recipe) -> Estimate:
+def inspect(recipe: Recipe, *, resume: bool = False) -> Estimate:
     """Validate a recipe against its data and its model, and estimate the run.
 
+    Args:
+        recipe: parsed.
+        resume: the run has its hypernetworks, and their source is not looked at.
+
     Raises:
-        RecipeError: with everything that is wrong with model, data, adapter and schedule.
+        RecipeError: with everything that is wrong with model, data, adapter, schedule and the hypernetworks' source.
     """
-    problems = model_problems(recipe.model)
+    problems, source = model_problems(recipe.model), None
+    if recipe.hypernetwork.init_from is not None and not resume:
+        try:
+            source = read(recipe.hypernetwork.init_from)
+        except RecipeError as error:
+            problems += error.problems
     if problems:
         # Rows can be read without a model, so that a wrong path of each is told at once.
         try:
@@ -115,7 +128,7 @@ def inspect(recipe: Recipe) -> Estimate:
     plain = METHODS[recipe.method].dora is False and recipe.method != "peft-adalora"
     reference = recipe if recipe.method == "adalora" else recipe.model_copy(update={"method": "adalora"})
     reference_model = copy.deepcopy(model) if plain else meta_model(reference, task, steps)
-    sizes, initial, target = _sizes(recipe, model, steps)
+    sizes, initial, target = _sizes(recipe, model, steps, source)
     adalora = _sizes(reference, reference_model, steps)[0]
     pruning = recipe.resolved_pruning(steps)
     layers, hidden = _shape(model)

@@ -131,6 +131,7 @@ def summary(outcome: Mapping[str, Any], wall_seconds: float) -> dict[str, Any]:
         "training_seconds",
         "workers",
         "warnings",
+        "warm_start",
         "adapter",
         "checkpoint",
         "mlflow_run_id",

@@ -4,6 +4,7 @@ A trial is a recipe with a folder of its own:
 
     run.json       the recipe; a folder is never shared by two
     checkpoints/   while it runs
+    hypernetworks/ what remains of the last checkpoint for others to start from, if there are any
     result.json    the outcome; a trial that has it is read, not repeated
     diverged.json  the reason why it ended without one, when repeating it would end the same
     memory.json    peak memory
@@ -31,7 +32,7 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from hyperlora import checkpoint, runs, training
+from hyperlora import checkpoint, runs, training, warm_start
 from hyperlora.config import Problem, Recipe, RecipeError, parse
 from hyperlora.training import NonFiniteError, RunInfo, Silent
 
@@ -209,6 +210,7 @@ def _train(content: dict[str, Any], uri: str) -> None:
         except NonFiniteError as error:
             _write(uri, DIVERGED, {"reason": str(error)})
             raise
+        warm_start.keep_networks(uri)
         # They served to go on after a kill; a search of a hundred trials would keep gigabytes of them.
         fs, root = checkpoint.filesystem(uri)
         fs.rm(f"{root}/checkpoints", recursive=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from hyperlora.export import adapter_files, plain_adapter, write_adapter
 from hyperlora.monitors import Monitors, MonitorWarning
 from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.tasks import Task, build_task
+from hyperlora.warm_start import WarmStart, read, start_from
+
+T = TypeVar("T")
 
 
 class NonFiniteError(RuntimeError):
@@ -51,6 +54,21 @@ class World:
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
         return values
+
+    def first(self, call: Callable[[], T]) -> T:
+        """What ``call`` returns on worker 0, or the RecipeError that it raises there, on every worker."""
+        if self.group is None:
+            return call()
+        answer: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                answer = [call()]
+            except RecipeError as error:
+                answer = [error]
+        dist.broadcast_object_list(answer, src=0, group=self.group, device=self.device)
+        if isinstance(answer[0], RecipeError):
+            raise answer[0]
+        return answer[0]
 
 
 class Sink(Protocol):
@@ -271,11 +289,30 @@ class Trainer:
         self.rank_history: list[tuple[int, int]] = [(0, self.optimizer.live)]
         self.training_seconds = 0.0
         self.tokens_seen = 0
+        self.warm_start: dict[str, Any] | None = None
 
     def _first_rows(self) -> list[int]:
         """Rows of the first training batches, in the order in which they will be trained on."""
         batches = global_batches(len(self.task.train), self.recipe.training.batch_size, self.recipe.seed, 0)
         return [row for _ in range(EVA_BATCHES) for row in next(batches)]
+
+    def start(self) -> None:
+        """Start the hypernetworks as the recipe says; what goes on from a checkpoint has it in its state.
+
+        Raises:
+            RecipeError: their source cannot be read or does not fit.
+        """
+        c = self.recipe.hypernetwork
+        if c.init_from is None and c.freeze == "none":
+            return
+        assert isinstance(self.optimizer, HyperAdaLoRA)
+        uri = c.init_from
+        # Worker 0 alone reads: what is newest may change while the run that it belongs to goes on.
+        source = None if uri is None else self.world.first(lambda: read(uri))
+        started: WarmStart = start_from(self.optimizer, source, c.freeze)
+        self.warm_start = asdict(started)
+        if self.world.rank == 0:
+            self.sink.phase(f"hypernetworks {started}")
 
     # ---------------------------------------------------------------- evaluation
 
@@ -468,6 +505,7 @@ class Trainer:
             "step_seconds": self.step_seconds,
             "evaluations": self.evaluations,
             "warnings": [asdict(warning) for warning in self.monitors.warnings],
+            "warm_start": self.warm_start,
             "adapter": adapter,
             "checkpoint": checkpoint_uri,
             "mlflow_run_id": self.run.mlflow_run_id,
@@ -496,6 +534,7 @@ class Trainer:
                 "evaluations": self.evaluations,
                 "rank_history": self.rank_history,
                 "monitors": self.monitors.state_dict(),
+                "warm_start": self.warm_start,
                 "training_seconds": self.training_seconds,
                 "tokens_seen": self.tokens_seen,
                 "run": asdict(self.run),
@@ -533,6 +572,7 @@ class Trainer:
         self.evaluations = list(trainer["evaluations"])
         self.rank_history = [(int(s), int(n)) for s, n in trainer["rank_history"]]
         self.monitors.load_state_dict(trainer["monitors"])
+        self.warm_start = trainer["warm_start"]
         self.training_seconds = trainer["training_seconds"]
         self.tokens_seen = trainer["tokens_seen"]
 
@@ -547,6 +587,8 @@ def train(recipe: Recipe, run: RunInfo, world: World | None = None, sink: Sink |
             raise ValueError("no checkpoint of this run verifies: " + "; ".join(refused))
         if saved is not None:
             trainer.restore(saved)
+        else:
+            trainer.start()
         return trainer.fit()
     finally:
         if world.rank == 0:

@@ -16,7 +16,7 @@ arrive: that is the second stage of the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -221,20 +221,49 @@ class GeneratedFactors:
         live: list[Tensor],
         direction: Direction = "adam",
     ) -> None:
-        self.networks, self.rule = networks, rule
-        lam = set() if networks.lam is None else {id(p) for p in networks.lam.parameters()}
-        trunk, output = networks.trunk_parameters(), networks.output_parameters()
-        # Trunk and output maps of H_P and H_Q, then those of H_Λ, which has a rate of its own.
-        self._phi: list[list[Tensor]] = [
-            [p for p in part if (id(p) in lam) == of_lam] for of_lam in (False, True) for part in (trunk, output)
-        ]
-        self._output: list[Tensor] = [*output]
+        self.networks, self.rule, self._settings = networks, rule, settings
+        self._output: list[Tensor] = [*networks.output_parameters()]
         # Token input of H, and the additive part θ_i, θ_0 or D.
         self._input = initial.like([t.clone() for t in initial.tensors()])
         self._base = initial.like([t.clone() for t in initial.tensors()])
-        self._adam_phi = [Adam(part, settings) for part in self._phi]
+        self._learn_all_but(())
         self._adam_base = FactorAdam(self._base, settings, direction) if rule.name == "hybrid" else None
         self._step = torch.zeros((), dtype=torch.int64)
+        self._generate(live)
+
+    def _learn_all_but(self, names: Collection[str]) -> None:
+        for name, parameter in self.networks.named_parameters():
+            parameter.requires_grad_(name not in names)
+        lam = set() if self.networks.lam is None else {id(p) for p in self.networks.lam.parameters()}
+        parts = (self.networks.trunk_parameters(), self.networks.output_parameters())
+        # Trunk and output maps of H_P and H_Q, then those of H_Λ, which has a rate of its own.
+        self._phi: list[list[Tensor]] = [
+            [p for p in part if p.requires_grad and (id(p) in lam) == of_lam]
+            for of_lam in (False, True)
+            for part in parts
+        ]
+        self._adam_phi = [Adam(part, self._settings) for part in self._phi]
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the parameters of the hypernetworks that do not learn."""
+        return [name for name, p in self.networks.named_parameters() if not p.requires_grad]
+
+    def freeze(self, names: Collection[str], live: list[Tensor]) -> None:
+        """Let the named parameters of the hypernetworks, and no others, stay as they are from now on.
+
+        They get neither gradients nor optimizer state; the moments of the others start at zero.
+
+        Raises:
+            ValueError: nothing would learn, or a rule that shrinks the output maps would change frozen ones.
+        """
+        maps = {id(p) for p in self._output}
+        frozen_maps = [n for n, p in self.networks.named_parameters() if n in names and id(p) in maps]
+        if frozen_maps and self.rule.name != "hybrid":
+            raise ValueError(
+                f"update rule {self.rule.name!r} learns through its output maps: freeze them under 'hybrid' alone"
+            )
+        self._learn_all_but(names)
         self._generate(live)
 
     def _generate(self, live: list[Tensor]) -> None:
@@ -261,14 +290,18 @@ class GeneratedFactors:
 
     @property
     def phi(self) -> list[Tensor]:
-        """Parameters of the hypernetworks: trunk and output maps of H_P and H_Q, then of H_Λ."""
+        """Parameters of the hypernetworks that learn: trunk and output maps of H_P and H_Q, then of H_Λ."""
         return [p for part in self._phi for p in part]
 
     def gradients(self, gradients: Factors) -> list[Tensor]:
         """Second stage: ∂L/∂Φ from the gradients of the factors, in the order of :attr:`phi`."""
         scale = 1.0 if self.rule.name == "generate" else self.rule.scale
         weighted = list(torch._foreach_mul(gradients.tensors(), scale))
-        return list(torch.autograd.grad(self._generated, self.phi, weighted))
+        # What a wholly frozen network generates has no graph.
+        pairs = [(out, g) for out, g in zip(self._generated, weighted, strict=True) if out.requires_grad]
+        if not pairs:
+            return []
+        return list(torch.autograd.grad([out for out, _ in pairs], self.phi, [g for _, g in pairs]))
 
     def advance(self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor]) -> None:
         phi = self.gradients(gradients)
@@ -319,7 +352,7 @@ class GeneratedFactors:
         self._generate(live)
 
     def optimized(self) -> Iterable[Tensor]:
-        return [*self.networks.parameters(), *(self._base.tensors() if self.rule.name == "hybrid" else [])]
+        return [*self.phi, *(self._base.tensors() if self.rule.name == "hybrid" else [])]
 
 
 def build_networks(

@@ -18,6 +18,7 @@ from hyperlora.config import Recipe
 from hyperlora.field import Contestant
 from hyperlora.figures import rank_table
 from hyperlora.preflight import Estimate, Sizes
+from hyperlora.warm_start import WarmStart
 
 
 def size(count: float) -> str:
@@ -178,6 +179,8 @@ def summary(
             f"at {outcome['tokens_per_second']:,.0f} tokens/s",
         ),
     ]
+    if outcome["warm_start"] is not None:
+        rows.append(("hypernetworks", Text(str(WarmStart(**outcome["warm_start"])))))
     rows += [
         (f"warning, step {w['step']}", Text(f"{w['monitor'].replace('_', ' ')}: {w['message']}", style="yellow"))
         for w in outcome["warnings"]

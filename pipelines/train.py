@@ -27,7 +27,7 @@ def main(args: Namespace, console: Console) -> int:
     # Workers have their own working directory: paths mean the same from there.
     recipe = named.with_absolute_paths()
     with console.status("checking recipe, data and model"):
-        estimate = inspect(recipe)
+        estimate = inspect(recipe, resume=args.resume)
     if args.dry_run:
         console.print(screens.estimate(recipe, estimate))
         write_json(args.json, {"recipe": recipe.model_dump(mode="json"), "estimate": estimate.to_json()})
@@ -96,7 +96,10 @@ def _next(recipe: Recipe, info: RunInfo, args: Namespace) -> list[str]:
         local = recipe.mlflow.tracking_uri.startswith("sqlite:")
         commands.append(f"mlflow ui --backend-store-uri {store}" if local else f"open {recipe.mlflow.tracking_uri}")
     same = shlex.join([args.recipe, *args.overrides])
-    commands.append(f"hyperlora train {same} method=adalora")
+    h = recipe.hypernetwork
+    warm = h.init_from is not None or h.freeze != "none"
+    cold = " hypernetwork.init_from=null hypernetwork.freeze=none" if warm else ""
+    commands.append(f"hyperlora train {same} method=adalora{cold}")
     # The commands of an environment that is not activated are found only by their path.
     folder = Path(sys.executable).parent
     if folder.as_posix() not in os.environ.get("PATH", "").split(os.pathsep):
