@@ -82,8 +82,10 @@ def meta_model(recipe: Recipe, task: Task, total_steps: int) -> PeftModel:
 
 def _sizes(recipe: Recipe, model: PeftModel, steps: int, source: Source | None = None) -> tuple[Sizes, int, int]:
     optimizer = build_optimizer(recipe, model, steps, World(device=torch.device("meta")))
-    if isinstance(optimizer, HyperAdaLoRA) and (source is not None or recipe.hypernetwork.freeze == "trunk"):
-        start_from(optimizer, source, recipe.hypernetwork.freeze)
+    freeze = recipe.hypernetwork.freeze
+    if METHODS[recipe.method].hypernetwork and (source is not None or freeze == "trunk"):
+        assert isinstance(optimizer, HyperAdaLoRA)
+        start_from(optimizer, source, freeze)
     sizes = Sizes(
         optimizer.trainable_parameters, optimizer.layout.parameters, optimizer.state_bytes, optimizer.owned_bytes
     )

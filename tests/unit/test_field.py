@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import trials
 import yaml
 
+from hyperlora.adapters import load_tokenizer
 from hyperlora.config import Recipe, RecipeError, parse
 from hyperlora.field import EXTENSIONS, Entry, planned, read_field, resolve, search
+from hyperlora.preflight import meta_model
+from hyperlora.tasks import build_task
+from hyperlora.training import World, build_optimizer
 from pipelines.common import load_recipe, shipped
 
 RATES = [1e-3, 2e-3, 4e-3]
@@ -97,6 +102,63 @@ def test_shipped_fields_fit_the_quickstart(name: str) -> None:
     found = {c.name: c for c in resolve(field, base())}
     assert field.baseline in found
     assert len({c.recipe.optimizer.other_lr for c in found.values()}) == 1
+
+
+BENCHMARKS = {p.stem: p for p in sorted((Path(__file__).parents[2] / "benchmarks/recipes").glob("*.yaml"))}
+
+
+@pytest.mark.parametrize("recipe", [*shipped(), *BENCHMARKS])
+@pytest.mark.parametrize("name", shipped("fields"))
+def test_shipped_fields_resolve_with_every_recipe(name: str, recipe: str) -> None:
+    content = load_recipe(str(BENCHMARKS.get(recipe, recipe)), []).model_dump(mode="json")
+    alone = parse(content | {"ray": {"backend": "local"}})
+    field = read_field(shipped("fields")[name])
+    assert [c.name for c in resolve(field, alone)] == [c.name for c in field.contestants]
+
+
+def test_the_ablations_networks_are_of_one_size() -> None:
+    """Kinds to 0.1 %, per-layer networks to 1 %: counted on the model that ships with the package."""
+    contestants = {c.name: c.recipe for c in resolve(read_field(shipped("fields")["ablation"]), base())}
+    task = build_task(contestants["adalora"], load_tokenizer(contestants["adalora"].model))
+
+    def count(name: str) -> int:
+        recipe = contestants[name]
+        model = meta_model(recipe, task, 120)
+        optimizer = build_optimizer(recipe, model, 120, World(device=torch.device("meta")))
+        return sum(p.numel() for p in optimizer.source.networks.parameters())  # type: ignore[union-attr]
+
+    counts = {name: count(name) for name in ("hyperadalora", "mlp", "cnn", "per-layer", "generate")}
+    assert counts == {
+        "hyperadalora": 421_794,
+        "mlp": 421_798,
+        "cnn": 421_432,
+        "per-layer": 424_464,
+        "generate": 421_794,
+    }
+
+
+def test_relative_paths_of_a_contestant_hold_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm = {"method": "hyperlora", "hypernetwork.init_from": "runs/earlier", "hypernetwork.freeze": "trunk"}
+    content = {"baseline": "a", "contestants": [{"name": "a"}, {"name": "w", "set": warm}]}
+    field = read_field(write(tmp_path, content))
+    monkeypatch.chdir(tmp_path)
+    _, contestant = resolve(field, base())
+    h = contestant.recipe.hypernetwork
+    assert (h.init_from, h.freeze) == (str(tmp_path / "runs/earlier"), "trunk")
+
+
+def test_a_warm_start_is_for_hypernetworks(tmp_path: Path) -> None:
+    contestants = [
+        {"name": "a", "set": {"method": "adalora", "hypernetwork.init_from": "x", "hypernetwork.freeze": "trunk"}},
+        {"name": "b", "set": {"hypernetwork.update": "anchored", "hypernetwork.freeze": "all"}},
+    ]
+    with pytest.raises(RecipeError) as error:
+        resolve(read_field(write(tmp_path, {"baseline": "a", "contestants": contestants})), base())
+    text = str(error.value)
+    assert "a: hypernetwork.init_from: got 'x'; null for method=adalora, which has no hypernetworks" in text
+    assert "a: hypernetwork.freeze: got 'trunk'; none for method=adalora" in text
+    assert "b: hypernetwork.freeze: got 'all'; none or trunk for hypernetwork.update=anchored" in text
+    assert "b: hypernetwork.freeze: got 'all'; none or trunk without hypernetwork.init_from" in text
 
 
 def test_final_rank_keeps_the_scale(tmp_path: Path) -> None:
