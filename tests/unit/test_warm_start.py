@@ -182,7 +182,9 @@ def test_a_frozen_trunk_stays_bit_by_bit_without_state(rule: str) -> None:
     ended = phi(optimizer)
     maps = {name for name in started if "embed." in name or "output_maps" in name}
     changed = {name for name in started if not ended[name].equal(started[name])}
-    assert changed == maps
+    # LoRA's B starts at zero, and under these rules it is H_P's input for ever: maps from zero have no gradient.
+    unmoved = {name for name in maps if name.startswith("p.embed.")} if rule in ("hybrid", "anchored") else set()
+    assert changed == maps - unmoved
     frozen = started.keys() - maps
     numbers = sum(started[name].numel() for name in frozen)
     assert report.frozen_parameters == numbers > 0
@@ -216,7 +218,10 @@ def test_a_random_trunk_can_be_frozen_as_well() -> None:
     assert (report.source, report.taken, report.new) == (None, (), ("H_P", "H_Q"))
     train(optimizer)
     ended = phi(optimizer)
-    assert {n for n in started if ended[n].equal(started[n])} == set(optimizer.source.frozen) != set()
+    frozen = {n for n in started if "embed." not in n and "output_maps" not in n}
+    assert set(optimizer.source.frozen) == frozen
+    assert all(ended[n].equal(started[n]) for n in frozen)
+    assert not any(ended[n].equal(started[n]) for n in started.keys() - frozen if not n.startswith("p.embed."))
 
 
 @pytest.mark.parametrize(("rule", "freeze"), [("hybrid", "all"), ("anchored", "trunk"), ("reanchored", "trunk")])
