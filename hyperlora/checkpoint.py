@@ -92,7 +92,7 @@ def write(
         step: optimizer steps done.
         files: content by name.
         writer: number and token of the writer; None where no two ever write into the run.
-        patience: seconds that each operation is tried again.
+        patience: seconds that sending the files is tried again, and then sending the manifest.
         give_up: once set, the next error is the last.
         before_commit: raises when this process must not commit any more.
 
@@ -105,14 +105,19 @@ def write(
         return patiently(action, *arguments, patience=patience, give_up=give_up)
 
     folder = f"{run_uri}/checkpoints/step-{step:08d}" + ("" if writer is None else f"-{writer}")
-    for name, data in files.items():
-        tried(storage.write, f"{folder}/{name}", data)
-    there = tried(storage.tree, folder)
-    for name, data in files.items():
-        if there.get(name) != len(data):
-            raise StorageError(
-                f"{folder}/{name}", f"{len(data)} bytes were sent, the store has {there.get(name)}", True
-            )
+    unsent = dict(files)
+
+    def send() -> None:
+        for name in list(unsent):
+            storage.write(f"{folder}/{name}", unsent[name])
+            del unsent[name]
+        there = storage.tree(folder)
+        unsent.update({name: data for name, data in files.items() if there.get(name) != len(data)})
+        for name, data in unsent.items():
+            reason = f"{len(data)} bytes were sent, the store has {there.get(name)}"
+            raise StorageError(f"{folder}/{name}", reason, transient=True)
+
+    tried(send)
     manifest = {
         "format": FORMAT,
         "step": step,
