@@ -74,8 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet(args.verbose)
     from hyperlora.config import RecipeError
     from hyperlora.training import NonFiniteError
+    from pipelines.common import check_json
 
     try:
+        check_json(args.json)
         if args.command == "train":
             from pipelines import train
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from argparse import Namespace
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -32,6 +33,19 @@ def main(args: Namespace, console: Console) -> int:
         console.print(screens.estimate(recipe, estimate))
         write_json(args.json, {"recipe": recipe.model_dump(mode="json"), "estimate": estimate.to_json()})
         return 0
+    if recipe.mlflow.enabled:
+        tracking.check(recipe)
+    with ExitStack() as stack:
+        if recipe.ray.backend == "ray":
+            from hyperlora.distributed import cluster
+
+            with console.status("starting Ray"):
+                stack.enter_context(cluster(recipe, args.verbose))
+        return _train(named, recipe, estimate, args, console, started)
+
+
+def _train(named: Recipe, recipe: Recipe, estimate: Estimate, args: Namespace, console: Console, started: float) -> int:
+    """Open a run's folder, train in it, and show what came of it."""
     info = _open_run(recipe, estimate, args.resume)
     console.print(
         f"[bold]{recipe.name}[/] ({recipe.method}) in {screens.local(info.uri)}", highlight=False, soft_wrap=True
