@@ -70,7 +70,8 @@ def model_problems(model: ModelConfig) -> list[Problem]:
 
 def _first_lines(error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return ": ".join(lines[:2]) or type(error).__name__
+    text = ": ".join(lines[:2]) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _check_folder(path: str) -> None:

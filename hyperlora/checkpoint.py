@@ -98,7 +98,10 @@ def load(uri: str) -> Checkpoint:
     fs, folder = filesystem(uri)
     if not fs.exists(f"{folder}/{COMMIT}"):
         raise ValueError(f"{uri} is no complete checkpoint: {COMMIT} is missing")
-    marker = json.loads(fs.cat_file(f"{folder}/{COMMIT}"))
+    try:
+        marker = json.loads(fs.cat_file(f"{folder}/{COMMIT}"))
+    except ValueError as error:
+        raise ValueError(f"{uri}/{COMMIT} is no JSON ({error})") from error
     if marker.get("format") != FORMAT:
         raise ValueError(f"{uri}/{COMMIT} has format {marker.get('format')}, this version reads {FORMAT}")
     files: dict[str, bytes] = {}

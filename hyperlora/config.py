@@ -45,6 +45,8 @@ MethodName = Literal[
     "peft-adalora",
 ]
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+#: Characters of a value that a message repeats.
+LONGEST_VALUE = 160
 #: What loading a model's config takes beside the config's own settings.
 LOADING = {
     "token",
@@ -146,12 +148,12 @@ class HypernetworkConfig(Section):
     """H_P, H_Λ and H_Q, and how their outputs become factors."""
 
     kind: Kind = Field("attention", description="one BERT layer, an MLP, or a 1-d CNN")
-    hidden_size: Positive = Field(312, le=4096, description="h; 312 is TinyBERT's")
+    hidden_size: Annotated[int, Field(gt=0, le=4096)] = Field(312, description="h; 312 is TinyBERT's")
     heads: Positive = Field(12, description="attention heads; must divide hidden_size")
     intermediate_size: Annotated[int, Field(gt=0, le=16384)] | None = Field(
         None, description="f; null: 1200/312·h, or matched to attention"
     )
-    layers: Positive = Field(1, le=24, description="depth")
+    layers: Annotated[int, Field(gt=0, le=24)] = Field(1, description="depth")
     per_layer: bool = Field(False, description="one set of networks per transformer layer instead of one shared")
     update: Rule = Field("hybrid", description="update rule")
     scale: Annotated[float, Field(gt=0)] = Field(1.0, description="a, weight of the generated part")
@@ -367,7 +369,7 @@ class Problem:
 
     def __str__(self) -> str:
         shown = uris.without_secrets(repr(self.value))
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        shown = shown if len(shown) <= LONGEST_VALUE else shown[: LONGEST_VALUE - 3] + "..."
         return uris.without_secrets(f"{self.field}: got {shown}; {self.allowed}")
 
 
@@ -404,7 +406,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise refused(f"{error.reason} at byte {error.start}", "allowed: UTF-8") from error
     except ValueError as error:
-        raise refused(str(error), "allowed: plain YAML without tags, aliases and repeated keys") from error
+        raise refused(path.name, f"allowed: plain YAML without tags, aliases and repeated keys ({error})") from error
     if not isinstance(content, dict):
         found = "an empty file" if content is None else type(content).__name__
         raise refused(found, "allowed: a mapping of sections")

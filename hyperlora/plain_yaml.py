@@ -33,6 +33,10 @@ def load(text: str) -> Any:
         raise ValueError(f"character {error.position}: {error.reason} (U+{int(error.character):04X})") from error
 
 
+def _refused(problem: str, where: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-3 is a number, as everybody who types a learning rate expects."""
 
@@ -41,11 +45,11 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="an alias; write the value out", problem_mark=event.start_mark)
+            raise _refused("an alias; write the value out", event)
         if getattr(event, "tag", None) is not None:
-            raise yaml.MarkedYAMLError(problem=f"the tag {event.tag}; remove it", problem_mark=event.start_mark)
+            raise _refused(f"the tag {event.tag}; remove it", event)
         if self._depth >= DEEPEST:
-            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST} levels", problem_mark=event.start_mark)
+            raise _refused(f"more than {DEEPEST} levels", event)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -56,9 +60,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:str":
                 shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
-                raise yaml.MarkedYAMLError(problem=f"the key {shown} is no text", problem_mark=key.start_mark)
+                raise _refused(f"the key {shown} is no text", key)
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+                raise _refused(f"{key.value!r} is given twice", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

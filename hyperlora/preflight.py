@@ -87,7 +87,7 @@ def meta_model(recipe: Recipe, task: Task, total_steps: int) -> PeftModel:
         try:
             base = factory.from_config(config, dtype=getattr(torch, recipe.model.dtype))
         except ValueError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0][:300]
             allowed = f"a model for task.kind={recipe.task.kind} ({reason})"
             raise RecipeError([Problem("model.path", recipe.model.path, allowed)]) from error
         problems = weight_problems(recipe.model, base) + _row_problems(recipe, task, base.config)

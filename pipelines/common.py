@@ -47,8 +47,12 @@ def check_json(path: str | None) -> None:
     if path is None:
         return
     target = Path(path).absolute()
-    folder = next((p for p in target.parents if p.exists()), target.parent)
-    if target.is_dir() or not folder.is_dir() or not os.access(target if target.exists() else folder, os.W_OK):
+    try:
+        folder = next(p for p in target.parents if p.exists())
+        good = folder.is_dir() and not target.is_dir() and os.access(target if target.exists() else folder, os.W_OK)
+    except (OSError, ValueError):  # too long a name, or a character that no name has
+        good = False
+    if not good:
         raise RecipeError([Problem("--json", path, "a writable file")])
 
 

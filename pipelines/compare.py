@@ -177,6 +177,7 @@ def _options(args: Namespace, problems: list[Problem]) -> tuple[list[float], lis
             value = 0
         if not (math.isfinite(value) and 0 < value <= MOST):
             problems.append(Problem(option, text, allowed))
+            value = 0
         return value
 
     rates = {

@@ -122,7 +122,7 @@ def test_labels(recipe_file: Path, tmp_path: Path, refused: Refused) -> None:
 
 
 def test_columns_of_a_template(recipe_file: Path, tmp_path: Path, refused: Refused) -> None:
-    changes = [*files(tmp_path, ROW * 9), "task.kind=language-modeling", "data.template={prompt} {topic}"]
+    changes = [*files(tmp_path, ROW * 9), "task.kind=language-modeling", "data.template='{prompt} {topic}'"]
     assert "columns question, topic; row 1 lacks topic" in refused("train", recipe_file, *changes)
 
 

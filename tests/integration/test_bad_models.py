@@ -85,7 +85,7 @@ def test_folders(recipe_file: Path, model: Path, refused: Refused, breaks, expec
         (["model.init=pretrained", "model.path=./no"], "model.path: got './no'; a model folder"),
         (
             ["model.init=pretrained", "model.path=small.yaml"],
-            "model.path: got 'small.yaml'; a model folder, a hub name, ",
+            "small.yaml'; a model folder, a hub name, or builtin:NAME (this is a file)",
         ),
         (["model.path=builtin:nothing", "model.init=pretrained"], "allowed built-in models: builtin:storylm"),
         (["model.path=builtin:../..", "model.init=pretrained"], "allowed built-in models: builtin:storylm"),
