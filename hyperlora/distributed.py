@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import urlsplit
 
 # Ray reads these when it is imported. Its usage report is off; accelerators are shown to workers as Ray assigns them.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -127,7 +129,7 @@ def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterato
     Ray Train asks the dashboard for the state of its workers; plain tasks do without its processes.
 
     Raises:
-        RecipeError: the cluster can never give what the recipe asks for.
+        RecipeError: there is no cluster at the address, or it can never give what the recipe asks for.
     """
     mine = not ray.is_initialized()
     if mine:
@@ -138,13 +140,43 @@ def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterato
         if address is None:
             # Workers that wait for gradients of each other may share cores; a laptop with one core runs two.
             more = {"num_cpus": max(os.cpu_count() or 1, int(-(-workers // 1))), "include_dashboard": dashboard}
-        ray.init(address=address, log_to_driver=verbose, logging_level=level, **more)
+        if address is not None:
+            _check_address(address)
+        try:
+            ray.init(address=address, log_to_driver=verbose, logging_level=level, **more)
+        except (OSError, ValueError, RuntimeError) as error:
+            if address is None:
+                raise
+            raise _unreachable(address, error) from error
     try:
         _check_resources(recipe)
         yield
     finally:
         if mine:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Find out in seconds whether anybody listens: Ray itself tries for minutes.
+
+    Raises:
+        RecipeError: nobody does, or it is no address.
+    """
+    if address == "auto":
+        return
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = parts.hostname, parts.port
+        if not host or port is None or parts.scheme not in ("", "ray"):
+            raise ValueError("host or port is missing")
+        socket.create_connection((host, port), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> RecipeError:
+    allowed = f"HOST:PORT or ray://HOST:PORT of a running cluster, auto, or null to start Ray here ({error})"
+    return RecipeError([Problem("ray.address", address, allowed)])
 
 
 def _check_resources(recipe: Recipe) -> None:

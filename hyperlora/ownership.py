@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hyperlora import storage
+from hyperlora import storage, uris
 from hyperlora.storage import StorageError, patiently
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def check(run_uri: str, owner: str) -> None:
     if not higher:
         return
     raise ReplacedError(
-        f"{storage.redacted(run_uri)} was taken over by another process{_holder(_read(run_uri, max(higher)))}; "
+        f"{uris.redacted(run_uri)} was taken over by another process{_holder(_read(run_uri, max(higher)))}; "
         "this one has stopped and written nothing since"
     )
 
@@ -118,7 +118,7 @@ class Lease:
                 return self.owner
             storage.remove(_path(self._uri, self.owner))
             time.sleep(random.uniform(0.1, 1))
-        raise OwnedElsewhereError(f"{storage.redacted(self._uri)} is claimed by several processes at once; try again")
+        raise OwnedElsewhereError(f"{uris.redacted(self._uri)} is claimed by several processes at once; try again")
 
     def _write(self) -> None:
         storage.write(_path(self._uri, self.owner), storage.pack_json(self._content))
@@ -164,7 +164,7 @@ def _wait_for(run_uri: str, owner: str) -> None:
     if first.get("released", True):
         return
     refusal = OwnedElsewhereError(
-        f"{storage.redacted(run_uri)} belongs to a command that is running{_holder(first)}; stop that one first"
+        f"{uris.redacted(run_uri)} belongs to a command that is running{_holder(first)}; stop that one first"
     )
     here = _identity()
     if first.get("machine") == here["machine"] and here["machine"] is not None:

@@ -7,36 +7,21 @@ Credentials and endpoints come from the environment or the machine (``AWS_ACCESS
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
-from fsspec.registry import known_implementations
 
 T = TypeVar("T")
 
-#: Protocol to the package that speaks it and the extra that installs it.
-PACKAGES = {
-    "s3": ("s3fs", "hyperadalora"),
-    "s3a": ("s3fs", "hyperadalora"),
-    "gs": ("gcsfs", "hyperadalora[gs]"),
-    "gcs": ("gcsfs", "hyperadalora[gs]"),
-    "az": ("adlfs", "hyperadalora[az]"),
-    "abfs": ("adlfs", "hyperadalora[az]"),
-    "abfss": ("adlfs", "hyperadalora[az]"),
-}
-SECRET = re.compile(r"key|secret|token|passw|credential|signature|^sig$|^sas$", re.IGNORECASE)
 # Every retry is ours, so that the pauses add up to what a caller asked for.
 S3_OPTIONS = {
     "use_listings_cache": False,
@@ -62,56 +47,6 @@ class StorageError(OSError):
 
     def __reduce__(self) -> tuple[type[StorageError], tuple[str, str, bool]]:
         return type(self), (self.uri, self.reason, self.transient)
-
-
-# ---------------------------------------------------------------- URIs
-
-
-def redacted(uri: str) -> str:
-    """The URI without user names, passwords and the values of secret options."""
-    if "::" in uri:
-        return "::".join(redacted(part) for part in uri.split("::"))
-    if "://" not in uri:
-        return uri
-    parts = urlsplit(uri)
-    account, at, host = parts.netloc.rpartition("@")
-    netloc = f"***@{host}" if at and _secret_account(parts.scheme, account) else parts.netloc
-    options = parse_qsl(parts.query, keep_blank_values=True)
-    query = urlencode([(k, "***" if SECRET.search(k) else v) for k, v in options], safe="*")
-    return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
-
-
-def problem(uri: str) -> str | None:
-    """What makes a URI unusable, as what is allowed instead; None for a good one. Asks no server."""
-    if "://" not in uri:
-        return None if uri else "allowed: a path or a URI"
-    if any(_has_secret(part) for part in uri.split("::")):
-        return "allowed: a URI without credentials; they come from the environment (docs/durability.md)"
-    if "::" in uri:
-        return "allowed: a path or one URI, no chain of them"
-    protocol = uri.split("://", 1)[0]
-    if protocol not in known_implementations:
-        return "allowed: a path, or a URI that starts with s3://, gs:// or az://"
-    if protocol in PACKAGES:
-        package, extra = PACKAGES[protocol]
-        if importlib.util.find_spec(package) is None:
-            return f"{protocol}:// needs the package {package}: pip install '{extra}'"
-        if not urlsplit(uri).netloc:
-            return f"allowed: {protocol}://BUCKET/PATH, and a bucket is missing"
-    return None
-
-
-def _has_secret(uri: str) -> bool:
-    parts = urlsplit(uri)
-    account, at, _ = parts.netloc.rpartition("@")
-    return bool(at and _secret_account(parts.scheme, account)) or any(
-        SECRET.search(k) for k, _ in parse_qsl(parts.query, keep_blank_values=True)
-    )
-
-
-def _secret_account(scheme: str, account: str) -> bool:
-    # abfs://CONTAINER@ACCOUNT.dfs.core.windows.net names no secret.
-    return ":" in account or scheme not in ("az", "abfs", "abfss")
 
 
 def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hyperlora import checkpoint
@@ -87,11 +88,13 @@ def read(uri: str) -> Source:
     """
     try:
         saved = _newest(uri.rstrip("/"))
-    except (OSError, ValueError, ImportError) as error:
+        state = {n.removeprefix("optimizer."): t for n, t in saved.tensors.items() if n.startswith("optimizer.")}
+        return _source(uri, saved.uri, {**saved.trainer["optimizer"], "state": state})
+    except RecipeError:
+        raise
+    except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         allowed = f"a run, checkpoint or trial folder with a whole checkpoint ({error})"
         raise RecipeError([Problem(FIELD, uri, allowed)]) from error
-    state = {n.removeprefix("optimizer."): t for n, t in saved.tensors.items() if n.startswith("optimizer.")}
-    return _source(uri, saved.uri, {**saved.trainer["optimizer"], "state": state})
 
 
 def _newest(uri: str) -> Checkpoint:

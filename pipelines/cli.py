@@ -76,8 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hyperlora.config import RecipeError
     from hyperlora.storage import StorageError
     from hyperlora.training import NonFiniteError, StoppedError
+    from pipelines.common import check_json
 
     try:
+        check_json(args.json)
         if args.command == "train":
             from pipelines import train
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from argparse import Namespace
 
 from rich.console import Console
+from safetensors import SafetensorError
 
-from hyperlora import checkpoint, export, runs, storage
-from hyperlora.config import Problem, RecipeError, parse
+from hyperlora import checkpoint, export, runs, storage, uris
+from hyperlora.config import Problem, Recipe, RecipeError, parse
 from hyperlora.storage import patiently
 from pipelines.common import write_json
 
@@ -15,9 +16,9 @@ from pipelines.common import write_json
 def main(args: Namespace, console: Console) -> int:
     """Write the adapter; returns the exit status."""
     wrong = [
-        Problem(name, storage.redacted(uri), allowed)
+        Problem(name, uris.redacted(uri), allowed)
         for name, uri in (("RUN_OR_CHECKPOINT", args.source), ("DIR", args.folder))
-        if (allowed := storage.problem(uri)) is not None
+        if (allowed := uris.problem(uri)) is not None
     ]
     if wrong:
         raise RecipeError(wrong)
@@ -25,14 +26,16 @@ def main(args: Namespace, console: Console) -> int:
     target = runs.absolute(args.folder)
     if patiently(storage.tree, target):
         raise RecipeError([Problem("DIR", target, "a new or an empty folder")])
-    adapter = export.from_checkpoint(saved)
-    recipe = parse(saved.trainer["recipe"])
+    adapter, recipe = _contents(saved)
     if args.uniform_rank:
         try:
             adapter = adapter.padded()
         except ValueError as error:
             raise RecipeError([Problem("--uniform-rank", args.source, str(error))]) from error
-    export.write_adapter(target, adapter, recipe, export.card_facts(saved.trainer))
+    try:
+        export.write_adapter(target, adapter, recipe, export.card_facts(saved.trainer))
+    except OSError as error:
+        raise RecipeError([Problem("DIR", target, f"a folder that can be written ({error})")]) from error
     ranks = {name: a.shape[0] for name, (a, _) in adapter.pairs.items()}
     summary = {
         "adapter": target,
@@ -47,6 +50,20 @@ def main(args: Namespace, console: Console) -> int:
     console.print(f"{target}: {adapter.parameters:,} parameters, {what}", highlight=False, soft_wrap=True)
     write_json(args.json, summary)
     return 0
+
+
+def _contents(saved: checkpoint.Checkpoint) -> tuple[export.PlainAdapter, Recipe]:
+    """Adapter and recipe of a checkpoint whose bytes are what its writer wrote.
+
+    Raises:
+        RecipeError: its writer was another program or version.
+    """
+    try:
+        return export.from_checkpoint(saved), parse(saved.trainer["recipe"])
+    except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        allowed = f"a checkpoint of this program and version ({reason})"
+        raise RecipeError([Problem("RUN_OR_CHECKPOINT", saved.uri, allowed)]) from error
 
 
 def find(uri: str) -> checkpoint.Checkpoint:

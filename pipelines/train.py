@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from argparse import Namespace
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,9 +35,17 @@ def main(args: Namespace, console: Console) -> int:
         console.print(screens.estimate(recipe, estimate))
         write_json(args.json, {"recipe": recipe.model_dump(mode="json"), "estimate": estimate.to_json()})
         return 0
-    with console.status("claiming the run's folder"):
-        claimed, lease = runs.claim(recipe, args.resume)
-    with lease:
+    if recipe.mlflow.enabled:
+        tracking.check(recipe)
+    with ExitStack() as stack:
+        if recipe.ray.backend == "ray":
+            from hyperlora.distributed import cluster
+
+            with console.status("starting Ray"):
+                stack.enter_context(cluster(recipe, args.verbose))
+        with console.status("claiming the run's folder"):
+            claimed, lease = runs.claim(recipe, args.resume)
+        stack.enter_context(lease)
         return _train(named, recipe, claimed, estimate, args, console, started)
 
 
@@ -49,6 +58,7 @@ def _train(
     console: Console,
     started: float,
 ) -> int:
+    """Train in a run's folder, and show what came of it."""
     info = _open_run(recipe, claimed, estimate, args.resume)
     console.print(
         f"[bold]{recipe.name}[/] ({recipe.method}) in {screens.local(info.uri)}", highlight=False, soft_wrap=True

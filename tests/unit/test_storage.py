@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperlora import storage
+from hyperlora import storage, uris
 from hyperlora.storage import StorageError, patiently
 
 
@@ -29,10 +29,10 @@ from hyperlora.storage import StorageError, patiently
     ],
 )
 def test_a_uri_with_a_secret_is_refused_without_repeating_it(uri: str) -> None:
-    allowed = storage.problem(uri)
+    allowed = uris.problem(uri)
     assert allowed is not None
     assert "without credentials" in allowed
-    assert "topsecret" not in storage.redacted(uri) + allowed
+    assert "topsecret" not in uris.redacted(uri) + allowed
 
 
 @pytest.mark.parametrize(
@@ -40,20 +40,22 @@ def test_a_uri_with_a_secret_is_refused_without_repeating_it(uri: str) -> None:
     ["runs", "/tmp/a b", "file:///tmp/runs", "s3://bucket/runs", "s3://bucket", "https://host/rows.jsonl?download=1"],
 )
 def test_plain_uris_are_allowed_and_stay_as_they_are(uri: str) -> None:
-    assert storage.problem(uri) is None
-    assert storage.redacted(uri) == uri
+    assert uris.problem(uri) is None
+    assert uris.redacted(uri) == uri
 
 
 def test_a_missing_package_is_named() -> None:
     for uri, package, extra in (("gs://b/x", "gcsfs", "hyperadalora[gs]"), ("az://b/x", "adlfs", "hyperadalora[az]")):
-        assert storage.problem(uri) == f"{uri[:2]}:// needs the package {package}: pip install '{extra}'"
+        assert uris.problem(uri) == f"{uri[:2]}:// needs the package {package}: pip install '{extra}'"
     # A container's account is no secret: what is missing is the package.
-    assert "adlfs" in str(storage.problem("abfs://container@account.dfs.core.windows.net/runs"))
+    assert "adlfs" in str(uris.problem("abfs://container@account.dfs.core.windows.net/runs"))
 
 
-@pytest.mark.parametrize(("uri", "part"), [("nope://b/x", "s3://, gs:// or az://"), ("s3:///x", "a bucket is missing")])
+@pytest.mark.parametrize(
+    ("uri", "part"), [("nope://b/x", "s3://, gs:// or az://"), ("s3:///x", "the bucket is missing")]
+)
 def test_what_is_no_uri(uri: str, part: str) -> None:
-    assert part in str(storage.problem(uri))
+    assert part in str(uris.problem(uri))
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
