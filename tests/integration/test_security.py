@@ -234,7 +234,7 @@ def test_checkpoints_that_cannot_be_exported(
     [
         (lambda c: shutil.rmtree(c), "has none"),
         (lambda c: flip(c / "state.safetensors"), "state.safetensors does not match the SHA-256 in COMMIT"),
-        (foreign, "a run, checkpoint or trial folder with a whole checkpoint ("),
+        (foreign, "what a method with hypernetworks has trained; "),
     ],
 )
 def test_checkpoints_that_cannot_be_started_from(

@@ -125,7 +125,20 @@ def test_training_goes_on_while_the_server_is_away(recipe_file: Path, tmp_path: 
     thread.start()
     changes = ["mlflow.enabled=true", f"mlflow.tracking_uri={server.uri}", "mlflow.experiment=Default"]
     summary = tmp_path / "summary.json"
-    assert main(["train", str(recipe_file), *changes, "training.steps=300", "--json", str(summary)]) == 0
+    assert (
+        main(
+            [
+                "train",
+                str(recipe_file),
+                *changes,
+                "training.steps=200",
+                "training.checkpoint_every=50",
+                "--json",
+                str(summary),
+            ]
+        )
+        == 0
+    )
     thread.join()
     assert away.is_set()
     outcome = json.loads(summary.read_text())
