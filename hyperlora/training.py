@@ -786,7 +786,8 @@ def train(
 def _resume(trainer: Trainer) -> None:
     """Take up the newest checkpoint that verifies, on all workers the one that worker 0 found."""
     run, world = trainer.run, trainer.world
-    saved, refused = None, []
+    saved: Checkpoint | None = None
+    refused: list[RefusedError] = []
     if world.rank == 0:
         if run.owner is not None:
             ownership.check(run.uri, run.owner)
