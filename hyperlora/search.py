@@ -213,8 +213,9 @@ def _train(content: dict[str, Any], uri: str) -> None:
             raise
         warm_start.keep_networks(uri)
         # They served to go on after a kill; a search of a hundred trials would keep gigabytes of them.
-        for path in storage.tree(f"{uri}/checkpoints"):
-            storage.remove(f"{uri}/checkpoints/{path}")
+        fs, root = storage.filesystem(f"{uri}/checkpoints")
+        if fs.exists(root):
+            fs.rm(root, recursive=True)
 
 
 @contextmanager
