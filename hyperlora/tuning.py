@@ -37,7 +37,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from hyperlora import runs, storage, training
+from hyperlora import checkpoint, runs, storage, training
 from hyperlora.config import Recipe, parse
 from hyperlora.sampling import Objective, Proposals, Values
 from hyperlora.search import (
@@ -346,7 +346,7 @@ def train_trial(uri: str) -> None:
     with only_process(uri):
         done = read(uri, RESULT)
         if done is None:
-            newest = max((int(c.rsplit("-", 1)[1]) for c in checkpoint.committed(uri)), default=0)
+            newest = max(map(checkpoint.step_of, checkpoint.committed(uri)), default=0)
             kept = [r for r in read(uri, REPORTS) or [] if r["step"] <= newest]
             for report in kept:
                 tune.report(report)
