@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hyperlora import storage
 from hyperlora.baselines import BASELINES, SINGLE_WORKER
 from hyperlora.hypernetworks import Freeze, HypernetworkSpec, Kind
 from hyperlora.optimizer import METHODS as FACTOR_METHODS
@@ -206,9 +207,15 @@ class RayConfig(Section):
 
 
 class StorageConfig(Section):
-    """Where checkpoints and adapters go."""
+    """Where checkpoints and adapters go; credentials come from the environment."""
 
-    uri: str = Field("runs", description="folder or fsspec URI; a run is a folder below it")
+    uri: str = Field("runs", description="folder or URI (s3://, gs://, az://); a run is a folder below it")
+    retry_seconds: Annotated[float, Field(ge=0)] = Field(
+        60.0, description="seconds that writing a checkpoint is tried again while training goes on"
+    )
+    final_retry_seconds: Annotated[float, Field(ge=0)] = Field(
+        300.0, description="seconds that writing the end of the run is tried again before it is kept here"
+    )
 
 
 class MLflowConfig(Section):
@@ -503,6 +510,12 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
     def add(field: str, value: Any, allowed: str) -> None:
         found.append(Problem(field, value, allowed))
 
+    uris = {"storage.uri": recipe.storage.uri, "monitors.baseline": recipe.monitors.baseline}
+    if recipe.data.source == "files":
+        uris["data.root"] = recipe.data.root
+    for field, uri in uris.items():
+        if uri is not None and (allowed := storage.problem(uri)) is not None:
+            add(field, storage.redacted(uri), allowed)
     t, r, d, m, h = recipe.training, recipe.ray, recipe.data, recipe.model, recipe.hypernetwork
     if (t.steps is None) == (t.epochs is None):
         add("training.steps", t.steps, "give training.steps or training.epochs, one of the two")

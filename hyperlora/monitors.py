@@ -19,7 +19,7 @@ import fsspec
 
 from hyperlora.config import MonitorsConfig, Problem, RecipeError
 
-Monitor = Literal["stall", "pruning_drop", "gradient"]
+Monitor = Literal["stall", "pruning_drop", "gradient", "checkpoint"]
 # Gradient norms whose median is "now": one odd batch, or two, are no instability.
 RECENT = 5
 # Fewest earlier norms to compare with: too high a rate explodes as soon as the warm-up is over.

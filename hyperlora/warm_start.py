@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from hyperlora import checkpoint
+from hyperlora import checkpoint, storage
 from hyperlora.checkpoint import COMMIT, Checkpoint
 from hyperlora.config import Problem, RecipeError
 from hyperlora.hypernetworks import Freeze, HypernetworkSpec
 from hyperlora.optimizer import HyperAdaLoRA
+from hyperlora.storage import patiently
 from hyperlora.update_rules import GeneratedFactors
 
 FIELD = "hypernetwork.init_from"
@@ -95,16 +96,14 @@ def read(uri: str) -> Source:
 
 
 def _newest(uri: str) -> Checkpoint:
-    fs, root = checkpoint.filesystem(uri)
-    fs.invalidate_cache()
-    if fs.exists(f"{root}/{COMMIT}"):
+    if patiently(storage.exists, f"{uri}/{COMMIT}"):
         return checkpoint.load(uri)
     saved, refused = checkpoint.load_latest(uri)
     if saved is not None:
         return saved
-    if not refused and fs.exists(f"{root}/{KEPT}/{COMMIT}"):
+    if not refused and patiently(storage.exists, f"{uri}/{KEPT}/{COMMIT}"):
         return checkpoint.load(f"{uri}/{KEPT}")
-    raise ValueError("; ".join(refused) or f"{uri} has none")
+    raise ValueError("; ".join(map(str, refused)) or f"{uri} has none")
 
 
 def _source(value: str, name: str, state_dict: Mapping[str, Any]) -> Source:
@@ -125,7 +124,9 @@ def keep_networks(run_uri: str) -> None:
     tensors = {n: t for n, t in saved.tensors.items() if n.startswith(f"optimizer.{PREFIX}")}
     kept = {key: saved.trainer["optimizer"][key] for key in ("method", "steps_done", "hypernetwork")}
     trainer = {"optimizer": kept, "recipe": saved.trainer["recipe"]}
-    checkpoint.write(f"{run_uri.rstrip('/')}/{KEPT}", saved.trainer["step"], tensors, trainer, {})
+    # A trial that was killed after this comes here again.
+    patiently(storage.remove_tree, f"{run_uri}/{KEPT}")
+    checkpoint.write(f"{run_uri}/{KEPT}", saved.trainer["step"], checkpoint.content(tensors, trainer, {}))
 
 
 def start_from(

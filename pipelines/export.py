@@ -6,17 +6,24 @@ from argparse import Namespace
 
 from rich.console import Console
 
-from hyperlora import checkpoint, export, runs
+from hyperlora import checkpoint, export, runs, storage
 from hyperlora.config import Problem, RecipeError, parse
+from hyperlora.storage import patiently
 from pipelines.common import write_json
 
 
 def main(args: Namespace, console: Console) -> int:
     """Write the adapter; returns the exit status."""
+    wrong = [
+        Problem(name, storage.redacted(uri), allowed)
+        for name, uri in (("RUN_OR_CHECKPOINT", args.source), ("DIR", args.folder))
+        if (allowed := storage.problem(uri)) is not None
+    ]
+    if wrong:
+        raise RecipeError(wrong)
     saved = find(runs.absolute(args.source))
     target = runs.absolute(args.folder)
-    fs, root = checkpoint.filesystem(target)
-    if fs.exists(root) and fs.ls(root):
+    if patiently(storage.tree, target):
         raise RecipeError([Problem("DIR", target, "a new or an empty folder")])
     adapter = export.from_checkpoint(saved)
     recipe = parse(saved.trainer["recipe"])
@@ -48,14 +55,13 @@ def find(uri: str) -> checkpoint.Checkpoint:
     Raises:
         RecipeError: there is neither, or none verifies.
     """
-    fs, root = checkpoint.filesystem(uri)
     try:
-        if fs.exists(f"{root}/{checkpoint.COMMIT}"):
+        if patiently(storage.exists, f"{uri}/{checkpoint.COMMIT}"):
             return checkpoint.load(uri)
     except ValueError as error:
         raise RecipeError([Problem("RUN_OR_CHECKPOINT", uri, str(error))]) from error
     saved, refused = checkpoint.load_latest(uri)
     if saved is None:
-        reason = "; ".join(refused) or "it holds neither a checkpoint nor a checkpoints folder"
+        reason = "; ".join(map(str, refused)) or "it holds neither a checkpoint nor a checkpoints folder"
         raise RecipeError([Problem("RUN_OR_CHECKPOINT", uri, f"a run's folder or a checkpoint's: {reason}")])
     return saved
