@@ -98,7 +98,7 @@ def write(
         uri: of the folder, in which no other process writes.
         step: optimizer steps done.
         files: content by name.
-        patience: seconds that each operation is tried again.
+        patience: seconds that sending the files is tried again, and then sending the manifest.
         give_up: once set, the next error is the last.
         before_commit: raises when this process must not commit any more.
 
@@ -110,14 +110,19 @@ def write(
     def tried(action: Callable[..., T], *arguments: Any) -> T:
         return patiently(action, *arguments, patience=patience, give_up=give_up)
 
-    for name, data in files.items():
-        tried(storage.write, f"{uri}/{name}", data)
-    there = tried(storage.tree, uri)
-    for name, data in files.items():
-        if there.get(name) != len(data):
-            raise StorageError(
-                f"{uri}/{name}", f"{len(data)} bytes were sent, the store has {there.get(name)}", True
-            )
+    unsent = dict(files)
+
+    def send() -> None:
+        for name in list(unsent):
+            storage.write(f"{uri}/{name}", unsent[name])
+            del unsent[name]
+        there = storage.tree(uri)
+        unsent.update({name: data for name, data in files.items() if there.get(name) != len(data)})
+        for name, data in unsent.items():
+            reason = f"{len(data)} bytes were sent, the store has {there.get(name)}"
+            raise StorageError(f"{uri}/{name}", reason, transient=True)
+
+    tried(send)
     manifest = {
         "format": FORMAT,
         "step": step,

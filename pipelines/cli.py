@@ -69,7 +69,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; bad input ends with status 2 and all that is wrong with it, an interruption with 130, SIGTERM with 143."""
+    """Run a command; bad input ends with status 2 and all that is wrong, Ctrl-C with 130, SIGTERM with 143."""
     args = parse_arguments(argv)
     console = Console()
     _quiet(args.verbose)
