@@ -69,6 +69,8 @@ class StorageError(OSError):
 
 def redacted(uri: str) -> str:
     """The URI without user names, passwords and the values of secret options."""
+    if "::" in uri:
+        return "::".join(redacted(part) for part in uri.split("::"))
     if "://" not in uri:
         return uri
     parts = urlsplit(uri)
@@ -83,9 +85,11 @@ def problem(uri: str) -> str | None:
     """What makes a URI unusable, as what is allowed instead; None for a good one. Asks no server."""
     if "://" not in uri:
         return None if uri else "allowed: a path or a URI"
-    if _has_secret(uri):
+    if any(_has_secret(part) for part in uri.split("::")):
         return "allowed: a URI without credentials; they come from the environment (docs/durability.md)"
-    protocol = uri.split("://", 1)[0].split("::")[-1]
+    if "::" in uri:
+        return "allowed: a path or one URI, no chain of them"
+    protocol = uri.split("://", 1)[0]
     if protocol not in known_implementations:
         return "allowed: a path, or a URI that starts with s3://, gs:// or az://"
     if protocol in PACKAGES:
@@ -237,6 +241,9 @@ def _create(uri: str, data: bytes) -> None:
                 new.unlink()
             _flush_folder(Path(path).parent)
             return
+        # Some stores have no conditional writes: they say so, or pass over the condition in silence.
+        if fs.exists(path):
+            raise FileExistsError(uri)
         try:
             fs.pipe_file(path, data, mode="create")
         except OSError as error:
@@ -245,9 +252,6 @@ def _create(uri: str, data: bytes) -> None:
                 raise FileExistsError(uri) from error
             if status != 501:
                 raise
-            # This store has no conditional writes.
-            if fs.exists(path):
-                raise FileExistsError(uri) from error
             fs.pipe_file(path, data)
 
 

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 KEY, SECRET = "test-access-key", "test-secret-key"
 ENVIRONMENT = {
@@ -131,8 +131,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     backend = 0
     lock = threading.Lock()
-    waiting: list[dict[str, Any]] = []
-    log: list[str] = []
+    waiting: ClassVar[list[dict[str, Any]]] = []
+    log: ClassVar[list[str]] = []
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -170,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _error(self, status: int) -> None:
-        code = {500: "InternalError", 501: "NotImplemented", 503: "SlowDown"}.get(status, "Error")
+        code = {403: "AccessDenied", 500: "InternalError", 501: "NotImplemented", 503: "SlowDown"}.get(status, "Error")
         body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected {status}</Message></Error>"
         self._answer(status, [("Content-Type", "application/xml")], b"" if self.command == "HEAD" else body.encode())
 
@@ -205,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         finally:
             connection.close()
-        length = int(answer.headers["Content-Length"]) if self.command == "HEAD" else len(data)
+        length = int(answer.headers.get("Content-Length", 0)) if self.command == "HEAD" else len(data)
         if kind == "half":
             self._answer(answer.status, answer.getheaders(), data[: len(data) // 2], length)
             self.close_connection = True

@@ -45,7 +45,6 @@ def test_plain_uris_are_allowed_and_stay_as_they_are(uri: str) -> None:
 
 
 def test_a_missing_package_is_named() -> None:
-    pytest.importorskip("fsspec")
     for uri, package, extra in (("gs://b/x", "gcsfs", "hyperadalora[gs]"), ("az://b/x", "adlfs", "hyperadalora[az]")):
         assert storage.problem(uri) == f"{uri[:2]}:// needs the package {package}: pip install '{extra}'"
     # A container's account is no secret: what is missing is the package.
