@@ -218,6 +218,8 @@ class Outage(Silent):
         if step == self._start:
             time.sleep(1)  # what is in flight fails
             self._server.start()
+        if step == self._start + 4:
+            time.sleep(2)  # what is in flight arrives
 
     def warning(self, monitor: str, step: int, message: str) -> None:
         self.warnings.append((step, message))
