@@ -345,7 +345,7 @@ def test_what_is_wrong_with_a_store_is_told_before_training(
 
 @pytest.mark.usefixtures("proxy")
 def test_sigterm_saves_within_a_step_and_the_run_resumes_to_the_same_adapter(recipe_file: Path) -> None:
-    changes = ("training.steps=300", "training.checkpoint_every=100", "training.eval_every=7")
+    changes = ("training.steps=120", "training.checkpoint_every=40", "training.eval_every=7")
     whole = run(recipe_file, *changes)
     expected = adapter(whole)
     storage.remove_tree(STORE)
@@ -356,14 +356,14 @@ def test_sigterm_saves_within_a_step_and_the_run_resumes_to_the_same_adapter(rec
     assert running.returncode == 128 + signal.SIGTERM, message
     newest = checkpoint.load(checkpoint.committed(folder())[-1])
     step = newest.trainer["step"]
-    assert f"told to stop after step {step} of 300; the last checkpoint is {newest.uri}" in " ".join(message.split())
+    assert f"told to stop after step {step} of 120; the last checkpoint is {newest.uri}" in " ".join(message.split())
     assert len(newest.trainer["losses"]) == step
-    assert step % 100, "not one that was due anyway"
+    assert step % 40, "not one that was due anyway"
     resumed = run(recipe_file, *changes, "--resume")
     assert adapter(resumed) == expected
     one, two = (json.loads(storage.read(f"{folder()}/result.json")), whole)
     assert one["losses"][-1] == two["loss_last"]
-    assert [e["step"] for e in one["evaluations"]] == [0, *range(7, 300, 7), 300]
+    assert [e["step"] for e in one["evaluations"]] == [0, *range(7, 120, 7), 120]
 
 
 def test_two_leases_on_a_store(proxy: s3.Proxy) -> None:
