@@ -366,6 +366,17 @@ def test_sigterm_saves_within_a_step_and_the_run_resumes_to_the_same_adapter(rec
     assert [e["step"] for e in one["evaluations"]] == [0, *range(7, 120, 7), 120]
 
 
+@pytest.mark.usefixtures("proxy")
+def test_two_ray_workers_write_what_one_process_writes(recipe_file: Path) -> None:
+    alone = run(recipe_file)
+    two = run(recipe_file, "ray.backend=ray", "ray.num_workers=2")
+    assert two["ranks"] == alone["ranks"]
+    assert two["loss_last"] == pytest.approx(alone["loss_last"], abs=1e-6)
+    uri = two["adapter"].removesuffix("/adapter")
+    assert checkpoint.load(two["checkpoint"]).trainer["step"] == 20
+    assert not storage.tree(f"{uri}/ray"), "Ray's own records are gone"
+
+
 def test_two_leases_on_a_store(proxy: s3.Proxy) -> None:
     with Lease(f"{STORE}/x") as lease:
         proxy.faults({"kind": "status", "status": 503, "times": 2})
