@@ -510,7 +510,11 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
     def add(field: str, value: Any, allowed: str) -> None:
         found.append(Problem(field, value, allowed))
 
-    uris = {"storage.uri": recipe.storage.uri, "monitors.baseline": recipe.monitors.baseline}
+    uris = {
+        "storage.uri": recipe.storage.uri,
+        "monitors.baseline": recipe.monitors.baseline,
+        "hypernetwork.init_from": recipe.hypernetwork.init_from,
+    }
     if recipe.data.source == "files":
         uris["data.root"] = recipe.data.root
     for field, uri in uris.items():
