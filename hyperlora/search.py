@@ -64,14 +64,14 @@ class Result:
 
     Attributes:
         trial: which one.
-        status: whether there is an outcome.
-        reason: why it failed, in one line.
+        status: whether there is an outcome; ``stopped`` early by a search that tunes.
+        reason: why it failed or was stopped, in one line.
         outcome: of the trainer.
         peak_memory_bytes: of its process, or allocated on its GPU; None where neither can be read.
     """
 
     trial: Trial
-    status: Literal["finished", "failed"]
+    status: Literal["finished", "stopped", "failed"]
     reason: str | None
     outcome: dict[str, Any] | None
     peak_memory_bytes: int | None
@@ -144,7 +144,7 @@ def _recorded(plan: Plan, done: dict[str, Result], at_work: set[str]) -> Iterato
     while new := [trial for trial in plan(done) if trial.name not in done and trial.name not in seen]:
         seen |= {trial.name for trial in new}
         for trial in new:
-            _check_folder(trial)
+            check_folder(trial)
             found = recorded(trial)
             if found is not None:
                 done[trial.name] = found
@@ -153,17 +153,17 @@ def _recorded(plan: Plan, done: dict[str, Result], at_work: set[str]) -> Iterato
 
 def recorded(trial: Trial) -> Result | None:
     """The result in a trial's folder; None while it has to run."""
-    peak = (_read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
-    if (outcome := _read(trial.uri, RESULT)) is not None:
+    peak = (read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
+    if (outcome := read(trial.uri, RESULT)) is not None:
         return Result(trial, "finished", None, outcome, peak)
-    if (failure := _read(trial.uri, DIVERGED)) is not None:
+    if (failure := read(trial.uri, DIVERGED)) is not None:
         return Result(trial, "failed", failure["reason"], None, peak)
     return None
 
 
-def _check_folder(trial: Trial) -> None:
+def check_folder(trial: Trial) -> None:
     """Raise RecipeError when the folder holds a trial of another recipe."""
-    before = _read(trial.uri, "run.json")
+    before = read(trial.uri, "run.json")
     if before is None:
         return
     where = f"{trial.uri} was run with"
@@ -178,8 +178,8 @@ def _result(trial: Trial, reference: Any) -> Result:
         ray.get(reference)
     except RayError as error:
         logger.info("trial %s failed", trial.name, exc_info=error)
-        peak = (_read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
-        return Result(trial, "failed", _reason(error), None, peak)
+        peak = (read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
+        return Result(trial, "failed", reason(error), None, peak)
     found = recorded(trial)
     if found is None:
         return Result(
@@ -188,7 +188,8 @@ def _result(trial: Trial, reference: Any) -> Result:
     return found
 
 
-def _reason(error: RayError) -> str:
+def reason(error: BaseException) -> str:
+    """Why a trial failed, in one line."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, NonFiniteError):
         return str(cause)
@@ -202,22 +203,28 @@ def _reason(error: RayError) -> str:
 def _train(content: dict[str, Any], uri: str) -> None:
     recipe = parse(content)
     torch.set_num_threads(max(1, int(recipe.ray.cpus_per_worker)))
-    with _only_process(uri):
-        if _read(uri, RESULT) is not None or _read(uri, DIVERGED) is not None:
+    with only_process(uri):
+        if read(uri, RESULT) is not None or read(uri, DIVERGED) is not None:
             return
         try:
-            training.train(recipe, RunInfo(uri), sink=_PeakMemory(uri))
+            training.train(recipe, RunInfo(uri), sink=PeakMemory(uri))
         except NonFiniteError as error:
-            _write(uri, DIVERGED, {"reason": str(error)})
+            write(uri, DIVERGED, {"reason": str(error)})
             raise
         warm_start.keep_networks(uri)
         # They served to go on after a kill; a search of a hundred trials would keep gigabytes of them.
-        fs, root = checkpoint.filesystem(uri)
+        drop_checkpoints(uri)
+
+
+def drop_checkpoints(uri: str) -> None:
+    """Remove what served to go on after a kill."""
+    fs, root = checkpoint.filesystem(uri)
+    if fs.exists(f"{root}/checkpoints"):
         fs.rm(f"{root}/checkpoints", recursive=True)
 
 
 @contextmanager
-def _only_process(uri: str) -> Iterator[None]:
+def only_process(uri: str) -> Iterator[None]:
     """Wait for a process of a killed search that is still at work in a local folder: Ray takes seconds to end it."""
     fs, root = checkpoint.filesystem(uri)
     if "file" not in fs.protocol:
@@ -228,7 +235,7 @@ def _only_process(uri: str) -> Iterator[None]:
         yield
 
 
-class _PeakMemory(Silent):
+class PeakMemory(Silent):
     """Writes the peak memory of a trial at each of its phases, so that a finished trial always has it."""
 
     def __init__(self, uri: str) -> None:
@@ -248,8 +255,8 @@ class _PeakMemory(Silent):
         if not self._measurable:
             return
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _high_water_mark()
-        before = _read(self._uri, MEMORY) or {"peak_memory_bytes": 0}
-        _write(self._uri, MEMORY, {"peak_memory_bytes": max(peak, before["peak_memory_bytes"])})
+        before = read(self._uri, MEMORY) or {"peak_memory_bytes": 0}
+        write(self._uri, MEMORY, {"peak_memory_bytes": max(peak, before["peak_memory_bytes"])})
 
 
 def _reset_high_water_mark() -> bool:
@@ -267,12 +274,14 @@ def _high_water_mark() -> int:
     return int(line.split()[1]) * 1024
 
 
-def _read(uri: str, name: str) -> Any:
+def read(uri: str, name: str) -> Any:
+    """A JSON file of a trial's folder; None when it is not there."""
     fs, root = checkpoint.filesystem(uri)
     fs.invalidate_cache()
     path = f"{root}/{name}"
     return json.loads(fs.cat_file(path)) if fs.exists(path) else None
 
 
-def _write(uri: str, name: str, content: Any) -> None:
+def write(uri: str, name: str, content: Any) -> None:
+    """Write a JSON file of a trial's folder whole."""
     checkpoint.replace_file(uri, name, checkpoint.pack_json(content))

@@ -457,9 +457,10 @@ class Trainer:
         """Write the last checkpoint, the adapter and ``result.json``; returns the outcome."""
         uri = self.save()
         adapter = f"{self.run.uri.rstrip('/')}/adapter"
-        outcome = self.outcome(uri, adapter, seconds)
+        plain = plain_adapter(self.model, self.optimizer)
+        outcome = self.outcome(uri, adapter, seconds) | {"adapter_parameters_final": plain.parameters}
         if self.world.rank == 0:
-            write_adapter(adapter, plain_adapter(self.model, self.optimizer), self.recipe, outcome)
+            write_adapter(adapter, plain, self.recipe, outcome)
             checkpoint.replace_file(self.run.uri, "result.json", checkpoint.pack_json(outcome))
         return outcome
 

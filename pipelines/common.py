@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,46 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     if not path.is_file():
         raise RecipeError([Problem("RECIPE", name, f"a YAML file or one of: {', '.join(shipped())}")])
     return parse(apply_overrides(read_yaml(path), overrides))
+
+
+def alone(recipe: Recipe) -> Recipe:
+    """The recipe as a trial runs it: one process, without a tracking run of its own, from any working directory."""
+    changes = {
+        "ray": recipe.ray.model_copy(update={"backend": "local", "num_workers": 1}),
+        "mlflow": recipe.mlflow.model_copy(update={"enabled": False}),
+    }
+    return recipe.with_absolute_paths().model_copy(update=changes)
+
+
+def number(option: str, text: str, kind: type, allowed: str, problems: list[Problem]) -> Any:
+    """A number above 0 from the command line; what is none goes to ``problems``."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not (math.isfinite(value) and value > 0):
+        problems.append(Problem(option, text, allowed))
+    return value
+
+
+@contextmanager
+def owned(out: Path, what: str) -> Iterator[None]:
+    """The folder of a search, for this command alone.
+
+    Raises:
+        RecipeError: it cannot be written, or another command is at work in it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise RecipeError([Problem("--out", str(out), f"a writable folder ({error.strerror})")]) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError([Problem("--out", str(out), f"a folder in which no other {what} runs now")]) from None
+        yield
 
 
 def replace_text(path: Path, text: str) -> None:
