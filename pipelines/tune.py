@@ -91,7 +91,7 @@ class Tuning:
         if o.watched is not None:
             first = self.recipe.training.eval_every or steps
             stopping = Stopping(o.watched.name, o.watched.higher, min(first, steps), steps)
-        return Search(str(o.out), o.trials, self.trial, o.objectives, stopping, o.concurrency)
+        return Search(str(o.out), self.plan["trials"], self.trial, o.objectives, stopping, o.concurrency)
 
     def proposals(self) -> Proposals:
         grid = self.space.feasible(self.space.grid()) if self.options.sampler == "grid" else []
@@ -111,7 +111,7 @@ def main(args: Namespace, console: Console) -> int:
     if options.recipe.ray.address is None and options.recipe.ray.num_workers == 1:
         with console.status("timing a few steps"):
             evaluations = 1 if options.watched is None else options.evaluations
-            seconds = options.trials * probe(tuned.recipe).seconds(tuned.plan["steps"], evaluations)
+            seconds = tuned.plan["trials"] * probe(tuned.recipe).seconds(tuned.plan["steps"], evaluations)
     console.print(screens.tuning_plan(tuned.plan, seconds, str(options.out)))
     if args.dry_run:
         write_json(args.json, tuned.plan | {"seconds": seconds})
@@ -229,6 +229,9 @@ def _decide(options: Options, estimate: Estimate) -> Tuning:
         training = recipe.training.model_copy(update={"eval_every": every, "checkpoint_every": save})
         recipe = recipe.model_copy(update={"training": training})
     space = options.space.bind(recipe, estimate)
+    trials = options.trials
+    if options.sampler == "grid":
+        trials = min(trials, len(space.feasible(space.grid())))
     plan = {
         "name": recipe.name,
         "command": options.command,
@@ -238,7 +241,7 @@ def _decide(options: Options, estimate: Estimate) -> Tuning:
         "objectives": [{"name": o.name, "higher": o.higher} for o in options.objectives],
         "stopping": None if options.watched is None else options.watched.name,
         "steps": steps,
-        "trials": options.trials,
+        "trials": trials,
         "parameters": parameters(space),
         "recipe": recipe.model_dump(mode="json"),
         "provenance": provenance(recipe),
@@ -307,8 +310,9 @@ def _run(tuned: Tuning, console: Console, verbose: bool, log: Log) -> dict[str, 
 
     def show() -> None:
         counts = {s: sum(r["status"] == s for r in done.values()) for s in ("stopped", "failed")}
-        total = tuned.options.trials
-        progress.show(len(done), total, len(running), counts["failed"], _best(done, tuned), counts["stopped"])
+        progress.show(
+            len(done), tuned.plan["trials"], len(running), counts["failed"], _best(done, tuned), counts["stopped"]
+        )
 
     def started(trial: Trial, at_once: int) -> None:
         running[trial.name] = trial
