@@ -248,6 +248,7 @@ def _uniform_lora(recipe: Recipe) -> tuple[str, int, Recipe]:
     rank = math.ceil(recipe.target_rank)
     alpha = recipe.adapter.alpha * rank / recipe.adapter.rank
     values = {"method": "lora", "adapter.rank": rank, "adapter.alpha": alpha, "adapter.target_rank": None}
+    values |= {"hypernetwork.init_from": None, "hypernetwork.freeze": "none"}  # it has no hypernetwork to start from
     return f"uniform LoRA of rank {rank}", rank, recipe_with(recipe, values)
 
 
