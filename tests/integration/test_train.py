@@ -101,7 +101,7 @@ def test_files_are_read_in_every_format(recipe_file: Path, tmp_path: Path) -> No
 
 
 def test_mlflow_has_every_step(recipe_file: Path, tmp_path: Path) -> None:
-    result = train(recipe_file, "mlflow.enabled=true", "training.eval_every=10")
+    result = train(recipe_file, "mlflow.enabled=true", "training.eval_every=10", "gamma=0.1")
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     run = client.get_run(result["mlflow_run_id"])
     assert run.info.status == "FINISHED"
