@@ -17,7 +17,6 @@ Differences are to ``scratch`` with the same seed. Under ``hybrid`` the direct p
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import Any, get_args
 from benchmarks.common import provenance, write_json
 from hyperlora import runs
 from hyperlora.comparison import interval, smoothed
-from hyperlora.config import METHODS, Problem, Recipe, RecipeError, parse
+from hyperlora.config import METHODS, Recipe, RecipeError, parse
 from hyperlora.training import RunInfo, train
 from hyperlora.update_rules import Rule
 from pipelines.common import load_recipe
@@ -63,11 +62,8 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
     Raises:
         RecipeError: the folder is of another recipe.
     """
-    info, begun = RunInfo(str(folder.absolute())), folder / "run.json"
-    if begun.is_file():
-        changed = runs.differences(json.loads(begun.read_text(encoding="utf-8"))["recipe"], recipe)
-        if changed:
-            raise RecipeError([Problem(k, new, f"{folder} was run with {old!r}") for k, old, new in changed])
+    info = RunInfo(str(folder.absolute()))
+    runs.check_same(info.uri, recipe)
     outcome = runs.result(info.uri)
     if outcome is None:
         runs.record(info, recipe)

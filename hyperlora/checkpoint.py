@@ -23,7 +23,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 COMMIT = "COMMIT"
 
 

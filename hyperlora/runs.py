@@ -61,11 +61,29 @@ def record(info: RunInfo, recipe: Recipe) -> None:
         ) from error
 
 
+def check_same(uri: str, recipe: Recipe) -> None:
+    """Find out whether a folder is free, or of this recipe.
+
+    Raises:
+        RecipeError: it was run with a recipe that computes something else; names every field.
+    """
+    begun = read(uri, "run.json")
+    changed = [] if begun is None else differences(begun["recipe"], recipe)
+    if changed:
+        allowed = f"{uri} was run with"
+        raise RecipeError([Problem(k, new, f"{allowed} {old!r}; choose another folder") for k, old, new in changed])
+
+
 def result(uri: str) -> dict[str, Any] | None:
     """The outcome of a finished run; None if it is not finished."""
+    return read(uri, "result.json")
+
+
+def read(uri: str, name: str) -> Any:
+    """A JSON file of a folder; None when it is not there."""
     fs, root = checkpoint.filesystem(uri)
     fs.invalidate_cache()
-    path = f"{root}/result.json"
+    path = f"{root}/{name}"
     return json.loads(fs.cat_file(path)) if fs.exists(path) else None
 
 

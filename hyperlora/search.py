@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import gc
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +32,7 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from hyperlora import checkpoint, runs, training, warm_start
-from hyperlora.config import Problem, Recipe, RecipeError, parse
+from hyperlora.config import Recipe, parse
 from hyperlora.training import NonFiniteError, RunInfo, Silent
 
 logger = logging.getLogger(__name__)
@@ -144,7 +143,7 @@ def _recorded(plan: Plan, done: dict[str, Result], at_work: set[str]) -> Iterato
     while new := [trial for trial in plan(done) if trial.name not in done and trial.name not in seen]:
         seen |= {trial.name for trial in new}
         for trial in new:
-            _check_folder(trial)
+            runs.check_same(trial.uri, trial.recipe)
             found = recorded(trial)
             if found is not None:
                 done[trial.name] = found
@@ -153,23 +152,12 @@ def _recorded(plan: Plan, done: dict[str, Result], at_work: set[str]) -> Iterato
 
 def recorded(trial: Trial) -> Result | None:
     """The result in a trial's folder; None while it has to run."""
-    peak = (_read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
-    if (outcome := _read(trial.uri, RESULT)) is not None:
+    peak = (runs.read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
+    if (outcome := runs.read(trial.uri, RESULT)) is not None:
         return Result(trial, "finished", None, outcome, peak)
-    if (failure := _read(trial.uri, DIVERGED)) is not None:
+    if (failure := runs.read(trial.uri, DIVERGED)) is not None:
         return Result(trial, "failed", failure["reason"], None, peak)
     return None
-
-
-def _check_folder(trial: Trial) -> None:
-    """Raise RecipeError when the folder holds a trial of another recipe."""
-    before = _read(trial.uri, "run.json")
-    if before is None:
-        return
-    where = f"{trial.uri} was run with"
-    changed = runs.differences(before["recipe"], trial.recipe)
-    if changed:
-        raise RecipeError([Problem(k, new, f"{where} {old!r}; choose another folder") for k, old, new in changed])
 
 
 def _result(trial: Trial, reference: Any) -> Result:
@@ -178,7 +166,7 @@ def _result(trial: Trial, reference: Any) -> Result:
         ray.get(reference)
     except RayError as error:
         logger.info("trial %s failed", trial.name, exc_info=error)
-        peak = (_read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
+        peak = (runs.read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
         return Result(trial, "failed", _reason(error), None, peak)
     found = recorded(trial)
     if found is None:
@@ -203,7 +191,7 @@ def _train(content: dict[str, Any], uri: str) -> None:
     recipe = parse(content)
     torch.set_num_threads(max(1, int(recipe.ray.cpus_per_worker)))
     with _only_process(uri):
-        if _read(uri, RESULT) is not None or _read(uri, DIVERGED) is not None:
+        if runs.read(uri, RESULT) is not None or runs.read(uri, DIVERGED) is not None:
             return
         try:
             training.train(recipe, RunInfo(uri), sink=_PeakMemory(uri))
@@ -248,7 +236,7 @@ class _PeakMemory(Silent):
         if not self._measurable:
             return
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _high_water_mark()
-        before = _read(self._uri, MEMORY) or {"peak_memory_bytes": 0}
+        before = runs.read(self._uri, MEMORY) or {"peak_memory_bytes": 0}
         _write(self._uri, MEMORY, {"peak_memory_bytes": max(peak, before["peak_memory_bytes"])})
 
 
@@ -265,13 +253,6 @@ def _high_water_mark() -> int:
     """Most resident memory of this process since the reset, bytes."""
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
-
-
-def _read(uri: str, name: str) -> Any:
-    fs, root = checkpoint.filesystem(uri)
-    fs.invalidate_cache()
-    path = f"{root}/{name}"
-    return json.loads(fs.cat_file(path)) if fs.exists(path) else None
 
 
 def _write(uri: str, name: str, content: Any) -> None:

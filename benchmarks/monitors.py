@@ -1,0 +1,89 @@
+"""What the monitors say of runs that go well and of runs that do not.
+
+Every run is of a recipe that ships, 150 steps, one process. Printed are the largest value of each monitor, in units of
+its threshold (from 1 on it warns), and the steps of the warnings. The healthy adalora run of the quickstart is the
+baseline of ``stall`` for the faults.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.monitors --json out/monitors.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import provenance, write_json
+from hyperlora.training import RunInfo, Silent, train
+from pipelines.common import load_recipe
+
+COMMON = ("ray.backend=local", "ray.num_workers=1", "mlflow.enabled=false", "training.eval_before=false")
+COMMON += ("training.checkpoint_every=null", "training.steps=150", "data.eval_rows=50")
+BASELINE = ("quickstart", "method=adalora", "seed=1")
+HEALTHY = (
+    BASELINE,
+    ("quickstart", "seed=0"),
+    ("quickstart", "seed=2", "training.eval_every=30"),
+    ("quickstart", "method=lora", "optimizer.lr=4e-3", "seed=3"),
+    ("quickstart-entailment", "seed=0"),
+    ("quickstart-entailment", "method=adalora", "seed=1"),
+)
+ONE_EVENT = ("adapter.target_rank=0.1", "pruning.start=75", "pruning.interval=100", "pruning.final=50")
+FAULTS = (
+    ("quickstart", *ONE_EVENT),
+    ("quickstart", "method=adalora", *ONE_EVENT),
+    ("quickstart", "optimizer.lr=0.3"),
+    ("quickstart", "optimizer.lr=1", "optimizer.warmup=0.9"),
+    ("quickstart", "optimizer.lr=1e-5"),
+    ("quickstart", "method=adalora", "optimizer.lr=1"),
+)
+
+
+class Largest(Silent):
+    """Keeps the largest value of each monitor."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        self._take(metrics)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self._take(metrics)
+
+    def _take(self, metrics: dict[str, float]) -> None:
+        for key, value in metrics.items():
+            if key.startswith("monitor/"):
+                name = key.removeprefix("monitor/")
+                self.values[name] = max(value, self.values.get(name, value))
+
+
+def run(name: str, changes: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    """Train and print one line."""
+    largest = Largest()
+    outcome = train(load_recipe(name, [*COMMON, *changes]), RunInfo(str(folder)), sink=largest)
+    warnings = [(w["monitor"], w["step"]) for w in outcome["warnings"]]
+    shown = "  ".join(f"{key} {value:.2f}" for key, value in sorted(largest.values.items()))
+    told = ", ".join(f"{monitor} at step {step}" for monitor, step in warnings) or "none"
+    print(f"{' '.join((name, *changes))}\n    {shown}   warnings: {told}", flush=True)
+    return {"recipe": name, "changes": changes, "largest": largest.values, "warnings": warnings}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        healthy = [run(name, tuple(changes), root / f"healthy-{n}") for n, (name, *changes) in enumerate(HEALTHY)]
+        baseline = f"monitors.baseline={root / 'healthy-0' / 'result.json'}"
+        faults = [run(name, (*changes, baseline), root / f"fault-{n}") for n, (name, *changes) in enumerate(FAULTS)]
+    if arguments.json:
+        for record in faults:
+            record["changes"] = record["changes"][:-1]  # a folder that is gone
+        write_json(arguments.json, {"healthy": healthy, "faults": faults, **provenance()})
+
+
+if __name__ == "__main__":
+    main()
