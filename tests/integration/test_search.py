@@ -13,7 +13,7 @@ import pytest
 import ray
 from conftest import small_recipe
 
-from hyperlora import search
+from hyperlora import runs, search
 from hyperlora.config import RecipeError, parse
 from hyperlora.search import Result, Trial
 
@@ -66,7 +66,7 @@ def test_a_worker_that_dies_fails_its_trial_which_can_go_on_later(tmp_path: Path
     assert (found["long"].status, found["next"].status) == ("failed", "finished")
     assert "WorkerCrashedError" in str(found["long"].reason)
     checkpoint = max((tmp_path / "long/checkpoints").iterdir())
-    first_part = search._read(str(checkpoint), "trainer.json")["step_seconds"]
+    first_part = runs.read(str(checkpoint), "trainer.json")["step_seconds"]
     outcome = run(long)["long"].outcome
     assert outcome is not None
     assert outcome["step_seconds"][: len(first_part)] == first_part
