@@ -40,7 +40,7 @@ Initialization = Literal["orthonormal", "gaussian"]
 Factorization = Literal["triplet", "fused"]
 #: γ of triplets when none is given; AdaLoRA's range for GLUE is 0.1 to 0.3.
 GAMMA = 0.1
-#: Learning rate of hypernetworks over that of direct factors under ``hybrid`` (docs/decisions.md).
+#: Learning rate of hypernetworks over that of direct factors under ``hybrid``.
 BESIDE = 0.05
 
 
