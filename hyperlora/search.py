@@ -31,8 +31,9 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from hyperlora import checkpoint, runs, training, warm_start
+from hyperlora import runs, storage, training, warm_start
 from hyperlora.config import Recipe, parse
+from hyperlora.storage import patiently
 from hyperlora.training import NonFiniteError, RunInfo, Silent
 
 logger = logging.getLogger(__name__)
@@ -200,18 +201,18 @@ def _train(content: dict[str, Any], uri: str) -> None:
             raise
         warm_start.keep_networks(uri)
         # They served to go on after a kill; a search of a hundred trials would keep gigabytes of them.
-        fs, root = checkpoint.filesystem(uri)
-        fs.rm(f"{root}/checkpoints", recursive=True)
+        fs, root = storage.filesystem(f"{uri}/checkpoints")
+        if fs.exists(root):
+            fs.rm(root, recursive=True)
 
 
 @contextmanager
 def _only_process(uri: str) -> Iterator[None]:
     """Wait for a process of a killed search that is still at work in a local folder: Ray takes seconds to end it."""
-    fs, root = checkpoint.filesystem(uri)
-    if "file" not in fs.protocol:
+    if not storage.is_local(uri):
         yield
         return
-    with Path(root, ".lock").open("w") as lock:
+    with Path(storage.filesystem(uri)[1], ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -256,4 +257,4 @@ def _high_water_mark() -> int:
 
 
 def _write(uri: str, name: str, content: Any) -> None:
-    checkpoint.replace_file(uri, name, checkpoint.pack_json(content))
+    patiently(storage.write, f"{uri}/{name}", storage.pack_json(content))

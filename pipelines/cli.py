@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -68,14 +69,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; bad input ends with status 2 and all that is wrong with it, an interruption with 130."""
+    """Run a command; bad input ends with status 2 and all that is wrong, Ctrl-C with 130, SIGTERM with 143."""
     args = parse_arguments(argv)
     console = Console()
     _quiet(args.verbose)
     from hyperlora.config import RecipeError
-    from hyperlora.training import NonFiniteError
+    from hyperlora.storage import StorageError
+    from hyperlora.training import NonFiniteError, StoppedError
+    from pipelines.common import check_json
 
     try:
+        check_json(args.json)
         if args.command == "train":
             from pipelines import train
 
@@ -92,6 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         _complain(str(error))
         return 2
+    except StoppedError as error:
+        _complain(str(error))
+        return 128 + signal.SIGTERM
+    except StorageError as error:
+        if args.verbose:
+            raise
+        _complain(f"the store does not answer: {error}")
+        return 1
     except (NonFiniteError, RuntimeError) as error:
         if args.verbose:
             raise

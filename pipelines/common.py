@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -24,9 +25,35 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
         RecipeError: with everything that is wrong with it.
     """
     path = shipped().get(name, Path(name))
-    if not path.is_file():
+    if not is_file(path):
         raise RecipeError([Problem("RECIPE", name, f"a YAML file or one of: {', '.join(shipped())}")])
     return parse(apply_overrides(read_yaml(path), overrides))
+
+
+def is_file(path: Path) -> bool:
+    """Whether a name that somebody typed is a file; it may be too long, or hold what no name can."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def check_json(path: str | None) -> None:
+    """Find out before a command runs whether its summary can be written, without writing it.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    if path is None:
+        return
+    target = Path(path).absolute()
+    try:
+        folder = next(p for p in target.parents if p.exists())
+        good = folder.is_dir() and not target.is_dir() and os.access(target if target.exists() else folder, os.W_OK)
+    except (OSError, ValueError):  # too long a name, or a character that no name has
+        good = False
+    if not good:
+        raise RecipeError([Problem("--json", path, "a writable file")])
 
 
 def replace_text(path: Path, text: str) -> None:

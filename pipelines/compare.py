@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from hyperlora import tracking
+from hyperlora import tracking, uris
 from hyperlora.comparison import analyse, final_loss
 from hyperlora.config import Problem, Recipe, RecipeError
 from hyperlora.field import Contestant, Entry, planned, rate, read_field, resolve
@@ -29,13 +29,16 @@ from hyperlora.preflight import Estimate, inspect
 from hyperlora.report import comparison_page
 from hyperlora.search import Result, Trial, run
 from pipelines import screens
-from pipelines.common import load_recipe, replace_text, shipped, write_json
+from pipelines.common import is_file, load_recipe, replace_text, shipped, write_json
 from pipelines.progress import TrialsProgress
 
 SELECTION = (
     "Every contestant's learning rate is the one with the lowest training loss (mean over the last tenth of the steps) "
     "at seed 0, which is not among the reported seeds; the held-out metric has no part in it."
 )
+
+#: Seeds, trials at a time: more is a typing error.
+MOST = 1000
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def _resolve(args: Namespace) -> Comparison:
         problems += error.problems
     fields = shipped("fields")
     path = fields.get(args.field, Path(args.field))
-    if not path.is_file():
+    if not is_file(path):
         problems.append(Problem("--field", args.field, f"a YAML file or one of: {', '.join(fields)}"))
     else:
         try:
@@ -153,6 +156,8 @@ def _resolve(args: Namespace) -> Comparison:
             problems += error.problems
     if recipe is not None and args.out is None and "://" in recipe.storage.uri:
         problems.append(Problem("--out", None, f"a local folder: storage.uri is {recipe.storage.uri}"))
+    if args.out is not None and ("://" in args.out or not args.out.strip()):
+        problems.append(Problem("--out", uris.redacted(args.out), "a local folder"))
     if problems:
         raise RecipeError(problems)
     assert recipe is not None
@@ -170,13 +175,17 @@ def _options(args: Namespace, problems: list[Problem]) -> tuple[list[float], lis
             value = kind(text)
         except ValueError:
             value = 0
-        if not (math.isfinite(value) and value > 0):
+        if not (math.isfinite(value) and 0 < value <= MOST):
             problems.append(Problem(option, text, allowed))
+            value = 0
         return value
 
-    rates = {rate(number("--lrs", text, float, "learning rates above 0")) for text in args.lrs.split(",")}
-    seeds = number("--seeds", args.seeds, int, "a whole number of seeds, at least 1")
-    concurrency = number("--concurrency", args.concurrency, int, "a whole number of trials, at least 1")
+    rates = {
+        rate(number("--lrs", text, float, f"learning rates above 0, separated by commas, at most {MOST}"))
+        for text in args.lrs.split(",")
+    }
+    seeds = number("--seeds", args.seeds, int, f"a whole number of seeds, 1 to {MOST}")
+    concurrency = number("--concurrency", args.concurrency, int, f"a whole number of trials, 1 to {MOST}")
     return sorted(rates), list(range(1, seeds + 1)), concurrency
 
 
