@@ -7,6 +7,7 @@ import os
 import platform
 import sqlite3
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -29,7 +30,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from hyperlora import spool
+from hyperlora import spool, storage
 from hyperlora.config import Problem, Recipe, RecipeError
 from hyperlora.spool import Spool
 
@@ -129,8 +130,18 @@ def _unreachable(uri: str, error: Exception) -> RecipeError:
     return RecipeError([Problem("mlflow.tracking_uri", uri, f"a reachable server or database ({reason})")])
 
 
-def start_comparison(recipe: Recipe, uri: str, name: str, params: Mapping[str, Any]) -> str:
-    """The one MLflow run of the comparison in the folder ``uri``, created or taken up again; returns the run id.
+def start_search(
+    recipe: Recipe, uri: str, name: str, params: Mapping[str, Any], kind: str, tags: Mapping[str, str] | None = None
+) -> str:
+    """The one MLflow run of the search in the folder ``uri``, created or taken up again; returns the run id.
+
+    Args:
+        recipe: says where MLflow is.
+        uri: of the search's folder.
+        name: of the run.
+        params: of the run.
+        kind: comparison, study or tuning.
+        tags: beside versions, git state, kind and folder.
 
     Raises:
         RecipeError: the tracking server or database cannot be reached.
@@ -140,12 +151,12 @@ def start_comparison(recipe: Recipe, uri: str, name: str, params: Mapping[str, A
         client = MlflowClient(recipe.mlflow.tracking_uri)
         experiment_id = _experiment(client, recipe)
         # MLflow's filters know no escapes: the folder is compared here.
-        earlier = client.search_runs([experiment_id], "tags.`hyperlora.kind` = 'comparison'")
+        earlier = client.search_runs([experiment_id], f"tags.`hyperlora.kind` = '{kind}'")
         same = [run.info.run_id for run in earlier if run.data.tags["hyperlora.run_uri"] == uri]
         if same:
             client.update_run(same[0], status="RUNNING")
             return str(same[0])
-        tags = {"mlflow.runName": name, "hyperlora.kind": "comparison", "hyperlora.run_uri": uri}
+        tags = {**(tags or {}), "mlflow.runName": name, "hyperlora.kind": kind, "hyperlora.run_uri": uri}
         tags |= {f"version.{k}": v for k, v in versions().items()} | git_state()
         run_id = client.create_run(experiment_id, tags=tags).info.run_id
         client.log_batch(run_id, params=[Param(k, str(v)[:VALUE]) for k, v in params.items()])
@@ -172,6 +183,76 @@ def finish_comparison(recipe: Recipe, run_id: str, result: Mapping[str, Any], fi
     for file in files:
         client.log_artifact(run_id, str(file))
     client.set_terminated(run_id, "FINISHED")
+
+
+def log_trial(
+    recipe: Recipe,
+    parent: str,
+    name: str,
+    values: Mapping[str, Any],
+    record: Mapping[str, Any],
+    tags: Mapping[str, str],
+) -> None:
+    """Log a trial that ended as a run nested in its search's; once, however often it is called.
+
+    A finished trial has its summary figures, its held-out metrics over the steps, its rank map and its adapter.
+
+    Args:
+        recipe: of the trial.
+        parent: run id of the search.
+        name: of the trial, unique in the search.
+        values: what the search varied.
+        record: ``status`` (finished, stopped or failed), ``reason``, ``uri``, ``outcome`` and ``reports`` (held-out
+            metrics with their ``step``, of a trial that was stopped).
+        tags: of the run, beside git state.
+    """
+    from hyperlora.figures import rank_heat_map  # workers, which import this module, draw nothing
+
+    client, now = MlflowClient(recipe.mlflow.tracking_uri), int(time.time() * 1000)
+    experiment = client.get_run(parent).info.experiment_id
+    mine = f"tags.`mlflow.parentRunId` = '{parent}' AND tags.`hyperlora.trial` = '{name}'"
+    for earlier in client.search_runs([experiment], mine):
+        if earlier.info.status in ("FINISHED", "FAILED"):
+            return
+        client.delete_run(earlier.info.run_id)
+    every = {**tags, **git_state(), "mlflow.runName": name, "mlflow.parentRunId": parent, "hyperlora.trial": name}
+    every |= {"hyperlora.status": record["status"], "hyperlora.run_uri": record["uri"]}
+    if record["reason"]:
+        every["hyperlora.reason"] = str(record["reason"])[:VALUE]
+    run_id = client.create_run(experiment, tags=every).info.run_id
+    params = {**values, "seed": recipe.seed, "method": recipe.method}
+    client.log_batch(run_id, params=[Param(k, str(v)[:VALUE]) for k, v in params.items()])
+    outcome = record["outcome"]
+    reports = record["reports"] if outcome is None else outcome["evaluations"]
+    metrics = [Metric(k, float(v), now, int(r["step"])) for r in reports for k, v in r.items() if k != "step"]
+    if outcome is not None:
+        known = {k: v for k, v in outcome.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        metrics += [Metric(f"summary/{k}", float(v), now, int(outcome["steps"])) for k, v in known.items()]
+        client.log_figure(run_id, rank_heat_map(outcome), "rank_heat_map.png")
+        client.log_dict(run_id, {m["name"]: m["rank"] for m in outcome["modules"]}, "ranks.json")
+        _log_folder(client, run_id, outcome["adapter"], "adapter")
+    for first in range(0, len(metrics), BATCH):
+        client.log_batch(run_id, metrics=metrics[first : first + BATCH])
+    client.set_terminated(run_id, "FAILED" if record["status"] == "failed" else "FINISHED")
+
+
+def _log_folder(client: MlflowClient, run_id: str, uri: str, name: str) -> None:
+    """Files of a folder, wherever it is, as artifacts below ``name``."""
+    fs, root = storage.filesystem(uri)
+    with tempfile.TemporaryDirectory() as folder:
+        fs.get(f"{root}/", f"{folder}/", recursive=True)
+        client.log_artifacts(run_id, folder, name)
+
+
+def finish_search(
+    recipe: Recipe, run_id: str, metrics: Mapping[str, float], files: Sequence[Path], status: str = "FINISHED"
+) -> None:
+    """Log a search's own figures and files, and mark it."""
+    client, now = MlflowClient(recipe.mlflow.tracking_uri), int(time.time() * 1000)
+    client.log_batch(run_id, metrics=[Metric(key, float(value), now, 0) for key, value in metrics.items()])
+    for file in files:
+        client.log_artifact(run_id, str(file))
+    client.set_terminated(run_id, status)
 
 
 def check(recipe: Recipe) -> None:

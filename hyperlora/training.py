@@ -540,7 +540,7 @@ class Trainer:
         adapter = plain_adapter(self.model, self.optimizer)
         try:
             uri = self._commit(snapshot)
-            outcome = self.outcome(uri, adapter_uri, seconds)
+            outcome = self.outcome(uri, adapter_uri, seconds) | {"adapter_parameters_final": adapter.parameters}
             if self.run.owner is not None:
                 ownership.check(self.run.uri, self.run.owner)
             write_adapter(adapter_uri, adapter, self.recipe, outcome, patience)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from hyperlora.config import Problem, Recipe, RecipeError, apply_overrides, parse, read_yaml
+
+#: Seeds, trials at a time: more is a typing error.
+MOST = 1000
 
 
 def shipped(kind: str = "recipes") -> dict[str, Path]:
@@ -54,6 +60,47 @@ def check_json(path: str | None) -> None:
         good = False
     if not good:
         raise RecipeError([Problem("--json", path, "a writable file")])
+
+
+def alone(recipe: Recipe) -> Recipe:
+    """The recipe as a trial runs it: one process, without a tracking run of its own, from any working directory."""
+    changes = {
+        "ray": recipe.ray.model_copy(update={"backend": "local", "num_workers": 1}),
+        "mlflow": recipe.mlflow.model_copy(update={"enabled": False}),
+    }
+    return recipe.with_absolute_paths().model_copy(update=changes)
+
+
+def number(option: str, text: str, kind: type, allowed: str, problems: list[Problem]) -> Any:
+    """A number above 0, at most :data:`MOST`, from the command line; what is none goes to ``problems``."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not (math.isfinite(value) and 0 < value <= MOST):
+        problems.append(Problem(option, text, allowed))
+        value = 0
+    return value
+
+
+@contextmanager
+def owned(out: Path, what: str) -> Iterator[None]:
+    """The folder of a search, for this command alone.
+
+    Raises:
+        RecipeError: it cannot be written, or another command is at work in it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise RecipeError([Problem("--out", str(out), f"a writable folder ({error.strerror})")]) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError([Problem("--out", str(out), f"a folder in which no other {what} runs now")]) from None
+        yield
 
 
 def replace_text(path: Path, text: str) -> None:

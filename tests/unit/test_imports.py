@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ALLOWED = {
-    "ray": {"hyperlora/distributed.py", "hyperlora/search.py"},
+    "ray": {"hyperlora/distributed.py", "hyperlora/search.py", "hyperlora/tuning.py"},
     "ray.train": {"hyperlora/distributed.py"},
-    "ray.tune": {"hyperlora/search.py"},
+    "ray.tune": {"hyperlora/tuning.py"},
     "mlflow": {"hyperlora/tracking.py"},
 }
 
