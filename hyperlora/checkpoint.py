@@ -176,6 +176,11 @@ def _age(name: str) -> tuple[int, int]:
     return int(match[2] or 0), int(match[1])
 
 
+def step_of(uri: str) -> int:
+    """Optimizer steps that a checkpoint's folder is named for."""
+    return _age(uri.rsplit("/", 1)[1])[1]
+
+
 def committed(run_uri: str) -> list[str]:
     """URIs of the committed checkpoints of a run, oldest first: by the number of their writer, then by step."""
     return [f"{run_uri}/checkpoints/{name}" for name, files in _folders(run_uri).items() if COMMIT in files]

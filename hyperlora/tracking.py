@@ -31,7 +31,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from hyperlora import spool, storage
-from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.config import MLflowConfig, Problem, Recipe, RecipeError
 from hyperlora.spool import Spool
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def start(recipe: Recipe, run_uri: str, run_name: str, facts: Mapping[str, Any])
     uri = recipe.mlflow.tracking_uri
     try:
         client = MlflowClient(uri)
-        experiment_id = _experiment(client, recipe)
+        experiment_id = experiment(client, recipe.mlflow)
         tags = {"mlflow.runName": run_name, "hyperlora.run_uri": run_uri, "hyperlora.method": recipe.method}
         tags |= {f"version.{k}": v for k, v in versions().items()} | git_state()
         run_id = client.create_run(experiment_id, tags=tags).info.run_id
@@ -113,19 +113,20 @@ def start(recipe: Recipe, run_uri: str, run_name: str, facts: Mapping[str, Any])
             client.log_batch(run_id, params=items[first : first + PARAMS])
         client.log_text(run_id, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), "recipe.yaml")
     except (MlflowException, OSError) as error:
-        raise _unreachable(uri, error) from error
+        raise unreachable(uri, error) from error
     return str(run_id)
 
 
-def _experiment(client: MlflowClient, recipe: Recipe) -> str:
-    """Id of the recipe's experiment, which is created when it is not there."""
-    experiment = client.get_experiment_by_name(recipe.mlflow.experiment)
-    if experiment is not None:
-        return str(experiment.experiment_id)
-    return str(client.create_experiment(recipe.mlflow.experiment, _artifact_location(recipe.mlflow.tracking_uri)))
+def experiment(client: MlflowClient, config: MLflowConfig) -> str:
+    """Id of the experiment, which is created when it is not there."""
+    found = client.get_experiment_by_name(config.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    return str(client.create_experiment(config.experiment, _artifact_location(config.tracking_uri)))
 
 
-def _unreachable(uri: str, error: Exception) -> RecipeError:
+def unreachable(uri: str, error: Exception) -> RecipeError:
+    """What to tell the user when the server or database does not answer."""
     reason = str(error).strip().splitlines()[0]
     return RecipeError([Problem("mlflow.tracking_uri", uri, f"a reachable server or database ({reason})")])
 
@@ -149,7 +150,7 @@ def start_search(
     check(recipe)
     try:
         client = MlflowClient(recipe.mlflow.tracking_uri)
-        experiment_id = _experiment(client, recipe)
+        experiment_id = experiment(client, recipe.mlflow)
         # MLflow's filters know no escapes: the folder is compared here.
         earlier = client.search_runs([experiment_id], f"tags.`hyperlora.kind` = '{kind}'")
         same = [run.info.run_id for run in earlier if run.data.tags["hyperlora.run_uri"] == uri]
@@ -161,7 +162,7 @@ def start_search(
         run_id = client.create_run(experiment_id, tags=tags).info.run_id
         client.log_batch(run_id, params=[Param(k, str(v)[:VALUE]) for k, v in params.items()])
     except (MlflowException, OSError) as error:
-        raise _unreachable(recipe.mlflow.tracking_uri, error) from error
+        raise unreachable(recipe.mlflow.tracking_uri, error) from error
     return str(run_id)
 
 
@@ -266,7 +267,7 @@ def check(recipe: Recipe) -> None:
     try:
         MlflowClient(uri).get_experiment_by_name(recipe.mlflow.experiment)
     except (MlflowException, OSError, SQLAlchemyError) as error:
-        raise _unreachable(uri, error) from error
+        raise unreachable(uri, error) from error
 
 
 def _answers(uri: str) -> None:

@@ -87,6 +87,22 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--out", metavar="DIR", help="default: tune-RECIPE-SPACE in the recipe's storage.uri")
     tune.add_argument("--dry-run", action="store_true", help="validate, print plan and cost, stop")
 
+    register = add("register", "Register the best adapter of a run, study or search in MLflow's model registry.")
+    register.add_argument("source", metavar="STUDY_OR_RUN", help="folder or URI of a run, study or search")
+    register.add_argument("--name", required=True, metavar="NAME", help="of the registered model")
+    register.add_argument("--metric", metavar="NAME", help="default: the study's or search's own, or the task's")
+    register.add_argument(
+        "--non-inferior", metavar="MARGIN", help="take the smallest adapter whose metric is at most this much worse"
+    )
+    register.add_argument("--tracking-uri", metavar="URI", help="of MLflow (default: the recipe's)")
+
+    pull = add("pull", "Write a registered adapter into a folder, as plain PEFT loads it.")
+    pull.add_argument("model", metavar="MODEL", help="models:/NAME@champion, another alias, or models:/NAME/VERSION")
+    pull.add_argument("folder", metavar="DIR", help="new folder or URI")
+    pull.add_argument(
+        "--tracking-uri", metavar="URI", help="of MLflow (default: MLFLOW_TRACKING_URI, or mlflow.db here)"
+    )
+
     add("recipes", "List the recipes that ship with the package.")
 
     export = add("export", "Write the adapter of a run or checkpoint as a plain PEFT LoRA folder.")
@@ -140,6 +156,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pipelines import export
 
             return export.main(args, console)
+        if args.command in ("register", "pull"):
+            from pipelines import register
+
+            return (register.main if args.command == "register" else register.pull)(args, console)
         return recipes(args, console)
     except RecipeError as error:
         _complain(str(error))

@@ -14,7 +14,7 @@ ALLOWED = {
     "ray": {"hyperlora/distributed.py", "hyperlora/search.py", "hyperlora/tuning.py"},
     "ray.train": {"hyperlora/distributed.py"},
     "ray.tune": {"hyperlora/tuning.py"},
-    "mlflow": {"hyperlora/tracking.py"},
+    "mlflow": {"hyperlora/registry.py", "hyperlora/tracking.py"},
 }
 
 
