@@ -221,10 +221,8 @@ def _beats(facts: Mapping[str, Any], champion: tuple[Any, Mapping[str, Any]] | N
         return False, f"version {number} was measured by another metric, on other rows or on another base model"
     mine, theirs = facts["value"], its["value"]
     better = mine > theirs if facts["higher_is_better"] else mine < theirs
-    return (
-        better,
-        f"{facts['metric'].replace('_', ' ')} {mine:.6g} {'beats' if better else 'does not beat'} {theirs:.6g} of version {number}",
-    )
+    name, relation = facts["metric"].replace("_", " "), "beats" if better else "does not beat"
+    return better, f"{name} {mine:.6g} {relation} {theirs:.6g} of version {number}"
 
 
 def _first_line(error: Exception) -> str:
