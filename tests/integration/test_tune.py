@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 from conftest import small_recipe
+from mlflow import MlflowClient
 
 from pipelines.cli import main
 
@@ -40,7 +41,7 @@ def tune(command: list[str], folder: Path) -> dict[str, Any]:
 
 
 def test_trials_are_stopped_early_and_the_best_is_kept(tmp_path: Path) -> None:
-    result = tune([*prepare(tmp_path), "--trials", "6"], tmp_path)
+    result = tune([*prepare(tmp_path), "mlflow.enabled=true", "--trials", "6"], tmp_path)
     assert result["complete"]
     assert len(result["measured"]) == 6
     assert result["counts"]["stopped"] > 0
@@ -55,9 +56,21 @@ def test_trials_are_stopped_early_and_the_best_is_kept(tmp_path: Path) -> None:
     assert outcome["held_out_loss_after"] == best["metric"]
     assert "<svg" in (tmp_path / "out/tune.html").read_text()
     before = finished(tmp_path / "out")
-    again = tune([*prepare(tmp_path), "--trials", "7"], tmp_path)
+    again = tune([*prepare(tmp_path), "mlflow.enabled=true", "--trials", "7"], tmp_path)
     assert before.items() <= finished(tmp_path / "out").items(), "what has ended is not repeated"
     assert len(again["measured"]) == 7
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("hyperlora").experiment_id], max_results=100)
+    (parent,) = (r for r in runs if r.data.tags.get("hyperlora.kind") == "tuning")
+    nested = {r.data.tags["hyperlora.trial"]: r for r in runs if "hyperlora.trial" in r.data.tags}
+    assert len(runs) == 8
+    assert {r.data.tags["mlflow.parentRunId"] for r in nested.values()} == {parent.info.run_id}
+    assert parent.data.metrics["best"] == again["best"]["metric"]
+    for t in again["measured"]:
+        assert nested[t["trial"]].data.tags["hyperlora.status"] == t["status"]
+        assert nested[t["trial"]].data.params["optimizer.lr"] == str(t["values"]["optimizer.lr"])
+        assert nested[t["trial"]].data.metrics["held_out_loss"] == pytest.approx(t["metric"])
+    assert {f.path for f in client.list_artifacts(parent.info.run_id)} >= {"tune.html", "tune.json", "trials.parquet"}
 
 
 def start(command: list[str]) -> subprocess.Popen[bytes]:
