@@ -211,6 +211,14 @@ def _band(axes: Axes, x: np.ndarray, curves: np.ndarray, look: Mapping[str, Any]
     axes.fill_between(x, mean - spread, mean + spread, color=look["color"], alpha=0.12, linewidth=0)
 
 
+def _frame(axes: Axes, curves: Sequence[np.ndarray]) -> None:
+    """Fit the height to all but the first tenth of the steps, whose fall would press the rest into one line."""
+    late = [curve[len(curve) // 10 :] for curve in curves if len(curve) > 1]
+    if late:
+        low, high = min(c.min() for c in late), max(c.max() for c in late)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-12)
+
+
 def _curves(contestants: Sequence[Contestant], looks: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     # A few hundred points draw as well as all of them and keep the page small.
     steps = np.arange(0, result["steps"], max(1, result["steps"] // 250))
@@ -222,6 +230,7 @@ def _curves(contestants: Sequence[Contestant], looks: Mapping[str, Any], result:
         for name, by_seed in reversed(curves.items()):
             if by_seed:
                 _band(axes, steps + 1, np.stack(list(by_seed.values())), looks[name])
+        _frame(axes, [values for by_seed in curves.values() for values in by_seed.values()])
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("smoothed training loss, nats")
 
