@@ -83,9 +83,9 @@ def test_pulled_it_is_a_plain_adapter_with_the_registered_metric(
     recipe = parse(json.loads((folder / "pulled/registration.json").read_text())["recipe"])
     tokenizer = load_tokenizer(recipe.model)
     task = build_task(recipe, tokenizer)
-    base = build_base(recipe, tokenizer, None)
+    base, other = (build_base(recipe, tokenizer, None) for _ in range(2))
     values = []
-    for model in (base, PeftModel.from_pretrained(base, str(folder / "pulled"))):
+    for model in (base, PeftModel.from_pretrained(other, str(folder / "pulled"))):
         rows = [task.held_out[n] for n in range(len(task.held_out))]
         with torch.no_grad():
             sums = task.metric_sums(model.eval(), rows, torch.device("cpu")).tolist()
@@ -122,7 +122,7 @@ def test_a_search_gives_its_best_trial_or_the_smallest_that_is_good_enough(
         (search / "trials" / trial).symlink_to(sources[source])
         outcomes[trial] = json.loads((Path(sources[source]) / "result.json").read_text())
     larger = json.loads((Path(sources["better"]) / "result.json").read_text())
-    larger["adapter_parameters_final"] += 1
+    larger["adapter_parameters_final"] = outcomes["t0002"]["adapter_parameters_final"] + 1
     (Path(sources["better"]) / "result.json").write_text(json.dumps(larger))
     measured = [{"trial": t, "status": "finished"} for t in outcomes] + [{"trial": "t0003", "status": "stopped"}]
     (search / "tune.json").write_text(json.dumps({"metric": "held_out_loss", "measured": measured}))
