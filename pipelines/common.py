@@ -12,7 +12,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hyperlora import storage
 from hyperlora.config import Problem, Recipe, RecipeError, apply_overrides, parse, read_yaml
+from hyperlora.storage import patiently
 
 #: Seeds, trials at a time: more is a typing error.
 MOST = 1000
@@ -101,6 +103,18 @@ def owned(out: Path, what: str) -> Iterator[None]:
         except BlockingIOError:
             raise RecipeError([Problem("--out", str(out), f"a folder in which no other {what} runs now")]) from None
         yield
+
+
+def check_new_folder(name: str, uri: str) -> None:
+    """Find out whether files can be put into a folder without meeting others.
+
+    Raises:
+        RecipeError: it has files, or is one.
+        StorageError: the store does not answer.
+    """
+    file = storage.is_local(uri) and Path(storage.filesystem(uri)[1]).is_file()
+    if file or patiently(storage.tree, uri):
+        raise RecipeError([Problem(name, uri, "a new or an empty folder")])
 
 
 def replace_text(path: Path, text: str) -> None:

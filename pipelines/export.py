@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from hyperlora import checkpoint, export, runs, storage, uris
 from hyperlora.config import Problem, Recipe, RecipeError, parse
 from hyperlora.storage import patiently
-from pipelines.common import write_json
+from pipelines.common import check_new_folder, write_json
 
 
 def main(args: Namespace, console: Console) -> int:
@@ -24,8 +24,7 @@ def main(args: Namespace, console: Console) -> int:
         raise RecipeError(wrong)
     saved = find(runs.absolute(args.source))
     target = runs.absolute(args.folder)
-    if patiently(storage.tree, target):
-        raise RecipeError([Problem("DIR", target, "a new or an empty folder")])
+    check_new_folder("DIR", target)
     adapter, recipe = _contents(saved)
     if args.uniform_rank:
         try:

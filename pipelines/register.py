@@ -9,13 +9,12 @@ from argparse import Namespace
 from rich.console import Console
 from rich.markup import escape
 
-from hyperlora import candidates, registry, runs, storage, uris
+from hyperlora import candidates, registry, runs, uris
 from hyperlora.config import MLflowConfig, Problem, RecipeError
 from hyperlora.fingerprint import base_model, evaluation_fingerprint
-from hyperlora.storage import patiently
 from hyperlora.tracking import check
 from pipelines import screens
-from pipelines.common import write_json
+from pipelines.common import check_new_folder, write_json
 
 
 def main(args: Namespace, console: Console) -> int:
@@ -72,8 +71,7 @@ def pull(args: Namespace, console: Console) -> int:
     if problems := _places(("DIR", args.folder)):
         raise RecipeError(problems)
     folder = runs.absolute(args.folder)
-    if patiently(storage.tree, folder):
-        raise RecipeError([Problem("DIR", folder, "a new or an empty folder")])
+    check_new_folder("DIR", folder)
     uri = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or MLflowConfig().tracking_uri
     with console.status("fetching"):
         record = registry.pull(uri, args.model, folder)

@@ -16,6 +16,7 @@ from refusals import Refused
 from test_bad_models import edit, pretrained
 
 from hyperlora.adapters import resolve_path
+from hyperlora.checkpoint import FORMAT
 from hyperlora.uris import redacted, without_secrets
 from pipelines.cli import main
 
@@ -205,7 +206,7 @@ def escape(folder: Path) -> None:
         (lambda c: shutil.rmtree(c), "it holds neither a checkpoint nor a checkpoints folder"),
         (lambda c: (c / "COMMIT").unlink(), "it holds neither a checkpoint nor a checkpoints folder"),
         (lambda c: (c / "COMMIT").write_text("{"), "COMMIT"),
-        (lambda c: commit(c, format=99), "COMMIT has format 99, this version reads 1"),
+        (lambda c: commit(c, format=99), f"COMMIT has format 99, this version reads {FORMAT}"),
         (lambda c: (c / "state.safetensors").unlink(), "state.safetensors is missing"),
         (lambda c: (c / "state.safetensors").write_bytes(b""), "state.safetensors has 0 bytes, COMMIT says"),
         (lambda c: flip(c / "state.safetensors"), "state.safetensors does not match the SHA-256 in COMMIT"),
@@ -232,7 +233,7 @@ def test_checkpoints_that_cannot_be_exported(
 @pytest.mark.parametrize(
     ("breaks", "expected"),
     [
-        (lambda c: shutil.rmtree(c), "has none"),
+        (lambda c: shutil.rmtree(c), "is no complete checkpoint: COMMIT is missing"),
         (lambda c: flip(c / "state.safetensors"), "state.safetensors does not match the SHA-256 in COMMIT"),
         (foreign, "what a method with hypernetworks has trained; "),
     ],
