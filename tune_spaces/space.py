@@ -10,10 +10,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, Strict, model_validator
 
 from hyperlora.config import METHODS, Problem, Recipe, RecipeError, Section, apply_overrides, parse, schedule_problems
 from hyperlora.field import EQUAL
@@ -25,6 +25,10 @@ Unit = Literal["steps", "excess", "rank", "lr", "trunk_lr"]
 WHOLE = ("steps", "excess")
 
 
+# YAML has lists.
+Choices = Annotated[tuple[str | bool | int | float, ...], Strict(False)]
+
+
 class Parameter(Section):
     """One key of the recipe that varies, over a range or over choices."""
 
@@ -32,7 +36,7 @@ class Parameter(Section):
     label: str = Field("", description="for people; empty: the key")
     low: float | None = Field(None, allow_inf_nan=False, description="lowest value, in units of `unit`")
     high: float | None = Field(None, allow_inf_nan=False, description="highest value, in units of `unit`")
-    choices: tuple[str | bool | int | float, ...] = Field((), description="instead of low and high")
+    choices: Choices = Field((), description="instead of low and high")
     log: bool = Field(False, description="evenly spread on a logarithmic scale")
     integer: bool = Field(False, description="whole numbers only")
     unit: Unit | None = Field(
@@ -40,11 +44,13 @@ class Parameter(Section):
         description="of low, high, levels and default: the run's steps, the singular values that have to go, "
         "adapter.rank, optimizer.lr, or the hypernetworks' rate; null: 1",
     )
-    levels: int | tuple[float, ...] = Field(3, description="values of a designed experiment, or how many of them")
+    levels: int | Annotated[tuple[float, ...], Strict(False)] = Field(
+        3, description="values of a designed experiment, or how many of them"
+    )
     default: str | bool | int | float | None = Field(
         None, description="where a search starts; null: the recipe's value"
     )
-    when: dict[str, tuple[str | bool | int | float, ...]] = Field(
+    when: dict[str, Choices] = Field(
         default_factory=dict, description="the parameter exists only where an earlier one has one of these values"
     )
 
@@ -98,8 +104,10 @@ class Space(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="of the space")
     description: str = Field("", description="one line")
-    parameters: tuple[Parameter, ...] = Field(min_length=1, description="what varies")
-    constraints: tuple[Any, ...] = Field((), description="Constraint objects; in a Python file")
+    parameters: Annotated[tuple[Parameter, ...], Strict(False)] = Field(min_length=1, description="what varies")
+    constraints: Annotated[tuple[Any, ...], Strict(False)] = Field(
+        (), description="Constraint objects; in a Python file"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Space:
