@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hyperlora import checkpoint
-from hyperlora.checkpoint import RefusedError
+from hyperlora.checkpoint import FORMAT, RefusedError
 from hyperlora.storage import StorageError
 
 FIRST, SECOND = "00000001-aaaaaa", "00000002-bbbbbb"
@@ -68,18 +68,21 @@ GOOD = {"bytes": 3, "sha256": "0" * 64}
         ("", "is no JSON"),
         ("{", "is no JSON"),
         ("[]", "is no manifest"),
-        ('{"format": 1}', "is no manifest"),
-        ('{"format": 1, "files": []}', "is no manifest"),
-        ('{"format": 99, "files": {}}', "has format 99, this version reads 1"),
-        ('{"format": 1, "files": {}}', "names no state.safetensors"),
-        (json.dumps({"format": 1, "files": {"../../secret": GOOD}}), "outside its folder: '../../secret'"),
-        (json.dumps({"format": 1, "files": {"/etc/passwd": GOOD}}), "outside its folder"),
-        (json.dumps({"format": 1, "files": {"..": GOOD}}), "outside its folder"),
-        (json.dumps({"format": 1, "files": {"a\\b": GOOD}}), "outside its folder"),
-        (json.dumps({"format": 1, "files": {"s3://other/x": GOOD}}), "outside its folder"),
-        (json.dumps({"format": 1, "files": {"x": {"bytes": "3", "sha256": "0" * 64}}}), "no size and SHA-256 of x"),
-        (json.dumps({"format": 1, "files": {"x": {"bytes": 3, "sha256": "00"}}}), "no size and SHA-256 of x"),
-        (json.dumps({"format": 1, "files": {"x": 3}}), "no size and SHA-256 of x"),
+        (f'{{"format": {FORMAT}}}', "is no manifest"),
+        (json.dumps({"format": FORMAT, "files": []}), "is no manifest"),
+        ('{"format": 99, "files": {}}', f"has format 99, this version reads {FORMAT}"),
+        (json.dumps({"format": FORMAT, "files": {}}), "names no state.safetensors"),
+        (json.dumps({"format": FORMAT, "files": {"../../secret": GOOD}}), "outside its folder: '../../secret'"),
+        (json.dumps({"format": FORMAT, "files": {"/etc/passwd": GOOD}}), "outside its folder"),
+        (json.dumps({"format": FORMAT, "files": {"..": GOOD}}), "outside its folder"),
+        (json.dumps({"format": FORMAT, "files": {"a\\b": GOOD}}), "outside its folder"),
+        (json.dumps({"format": FORMAT, "files": {"s3://other/x": GOOD}}), "outside its folder"),
+        (
+            json.dumps({"format": FORMAT, "files": {"x": {"bytes": "3", "sha256": "0" * 64}}}),
+            "no size and SHA-256 of x",
+        ),
+        (json.dumps({"format": FORMAT, "files": {"x": {"bytes": 3, "sha256": "00"}}}), "no size and SHA-256 of x"),
+        (json.dumps({"format": FORMAT, "files": {"x": 3}}), "no size and SHA-256 of x"),
     ],
 )
 def test_malformed_manifests_are_refused(tmp_path: Path, manifest: str, reason: str) -> None:
