@@ -21,6 +21,7 @@ from transformers import (
 
 from hyperlora.config import METHODS, ModelConfig, Problem, Recipe, RecipeError
 from hyperlora.optimizer import GAMMA
+from hyperlora.weights import misfit, read_shapes
 
 BUILTIN = "builtin:"
 
@@ -42,18 +43,58 @@ def resolve_path(path: str) -> str:
 
 
 def model_problems(model: ModelConfig) -> list[Problem]:
-    """What can be known about the base model without loading it."""
+    """What can be known about the base model and its tokenizer without loading weights."""
+    described = model.init == "random" and bool(model.architecture)
+    problems = []
     try:
+        if not described:
+            _check_folder(resolve_path(model.path))
         load_config(model)
     except RecipeError as error:
         return error.problems
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()
-        described = model.init == "random" and bool(model.architecture)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
         field, value = ("model.architecture", model.architecture) if described else ("model.path", model.path)
         allowed = "a published config" if described else "a model folder, a hub name, or builtin:NAME"
-        return [Problem(field, value, f"{allowed} ({': '.join(line.strip() for line in reason[:2])})")]
-    return []
+        problems.append(Problem(field, value, f"{allowed} ({_first_lines(error)})"))
+        if model.tokenizer is None and not described:
+            return problems
+    try:
+        load_tokenizer(model)
+    except RecipeError as error:
+        problems += error.problems
+    except Exception as error:  # the tokenizers library raises no narrower type
+        field, value = ("model.path", model.path) if model.tokenizer is None else ("model.tokenizer", model.tokenizer)
+        problems.append(Problem(field, value, f"a folder or hub name with a tokenizer ({_first_lines(error)})"))
+    return problems
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    text = ": ".join(lines[:2]) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _check_folder(path: str) -> None:
+    """Raise ValueError for a local path that holds no model of its own."""
+    if Path(path).is_file():
+        raise ValueError("this is a file")
+    if Path(path, "adapter_config.json").is_file():
+        raise ValueError("this folder holds an adapter, not a base model")
+
+
+def weight_problems(model: ModelConfig, base: PreTrainedModel) -> list[Problem]:
+    """Whether a local folder has the weights of ``base``, which may be on the meta device; reads headers only."""
+    folder = Path(resolve_path(model.path))
+    if model.init == "random" or not folder.is_dir():
+        return []
+    try:
+        shapes = read_shapes(folder)
+    except ValueError as error:
+        return [Problem("model.path", model.path, f"a folder with safetensors weights ({error})")]
+    if getattr(base.config, "quantization_config", None) is not None:
+        return []  # packed weights have shapes of their own
+    reason = misfit(shapes, base, base.base_model_prefix)
+    return [] if reason is None else [Problem("model.path", model.path, f"weights that fit the config ({reason})")]
 
 
 def load_config(model: ModelConfig, **extra: Any) -> PretrainedConfig:
@@ -64,10 +105,15 @@ def load_config(model: ModelConfig, **extra: Any) -> PretrainedConfig:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     return AutoConfig.from_pretrained(
         resolve_path(model.path),
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
+        **_pinned(model),
         **overrides,
     )
+
+
+def _pinned(model: ModelConfig) -> dict[str, Any]:
+    """Which revision of the hub repository is loaded, and of which its code; the code may lie in another repository."""
+    options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    return options | ({"code_revision": model.revision} if model.trust_remote_code else {})
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -76,9 +122,9 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if model.tokenizer is None and model.init == "random" and model.architecture:
         # Any tokenizer serves weights that know nothing; this one ships with the package and is the smallest.
         path = f"{BUILTIN}storylm"
-    tokenizer = AutoTokenizer.from_pretrained(
-        resolve_path(path), revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
+    # The revision is the model's; code of another repository would be pinned by nothing.
+    options = _pinned(model) if model.tokenizer is None else {"trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path(path), **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -94,13 +140,13 @@ def build_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_labels: i
     torch.manual_seed(recipe.seed)  # a new classification head draws from the global generator
     if model.init == "random":
         return factory.from_config(config, dtype=dtype)
-    return factory.from_pretrained(
-        resolve_path(model.path),
-        config=config,
-        dtype=dtype,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-    )
+    try:
+        return factory.from_pretrained(
+            resolve_path(model.path), config=config, dtype=dtype, use_safetensors=True, **_pinned(model)
+        )
+    except OSError as error:
+        allowed = f"a model with safetensors weights ({_first_lines(error)})"
+        raise RecipeError([Problem("model.path", model.path, allowed)]) from error
 
 
 def lora_config(recipe: Recipe, num_labels: int | None, total_steps: int) -> LoraConfig:
@@ -168,10 +214,27 @@ def attach(base: PreTrainedModel, recipe: Recipe, num_labels: int | None, total_
         config = lora_config(recipe, num_labels, total_steps)
     except ValueError as error:
         raise RecipeError([Problem("pruning", recipe.pruning.model_dump(), str(error))]) from error
+    unknown = _unknown_modules(base, recipe)
+    if unknown:
+        raise RecipeError(unknown)
     try:
         return get_peft_model(base, config)
     except ValueError as error:
         raise RecipeError([Problem("adapter.target_modules", recipe.adapter.target_modules, str(error))]) from error
+
+
+def _unknown_modules(base: PreTrainedModel, recipe: Recipe) -> list[Problem]:
+    """Names of modules that the model does not have."""
+    names = [name for name, _ in base.named_modules()]
+    short = sorted({name.rsplit(".", 1)[-1] for name in names if name and not name.rsplit(".", 1)[-1].isdigit()})
+    targets, saved = recipe.adapter.target_modules, recipe.adapter.modules_to_save
+    wanted = {"target_modules": () if isinstance(targets, str) else targets, "modules_to_save": saved}
+    problems = []
+    for field, modules in wanted.items():
+        missing = tuple(m for m in modules if not any(n == m or n.endswith(f".{m}") for n in names))
+        if missing:
+            problems.append(Problem(f"adapter.{field}", missing, f"modules of the model: {', '.join(short)}"))
+    return problems
 
 
 def prepare(model: PeftModel, recipe: Recipe) -> PeftModel:

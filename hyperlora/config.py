@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
+from hyperlora import plain_yaml, uris
 from hyperlora.baselines import BASELINES, SINGLE_WORKER
 from hyperlora.hypernetworks import Freeze, HypernetworkSpec, Kind
 from hyperlora.optimizer import METHODS as FACTOR_METHODS
@@ -23,10 +24,12 @@ from hyperlora.optimizer import Factorization, Initialization
 from hyperlora.pruning import BudgetPlan, Pruning, Schedule, Score
 from hyperlora.update_rules import AdamSettings, Direction, Rule, UpdateRule
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LARGEST = 2**31 - 1
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Names = Annotated[tuple[str, ...], Strict(False)]  # YAML has lists
 METHODS = FACTOR_METHODS | BASELINES
 MethodName = Literal[
     "lora",
@@ -41,11 +44,26 @@ MethodName = Literal[
     "eva",
     "peft-adalora",
 ]
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+#: Characters of a value that a message repeats.
+LONGEST_VALUE = 160
+#: What loading a model's config takes beside the config's own settings.
+LOADING = {
+    "token",
+    "use_auth_token",
+    "trust_remote_code",
+    "revision",
+    "code_revision",
+    "auto_map",
+    "proxies",
+    "cache_dir",
+}
 assert set(MethodName.__args__) == set(METHODS)  # type: ignore[attr-defined]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
+    # Strict: true is no 1, and "8" is no 8.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -62,8 +80,10 @@ class ModelConfig(Section):
     config: dict[str, Any] = Field(default_factory=dict, description="overrides of the model's own config")
     tokenizer: str | None = Field(None, description="folder, hub name or builtin:storylm; null takes path")
     dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="of the frozen base weights")
-    revision: str | None = Field(None, description="hub revision (commit hash) of the base model")
-    trust_remote_code: bool = Field(False, description="run code from the model repository; needs revision")
+    revision: str | None = Field(None, description="hub revision of the base model, best a commit hash")
+    trust_remote_code: bool = Field(
+        False, description="run code of the hub repository; needs a commit hash in revision"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
 
 
@@ -84,7 +104,7 @@ class DataConfig(Section):
     text: str = Field("sentence", description="column of the text, or of the first sentence")
     text_pair: str | None = Field(None, description="column of the second sentence")
     label: str = Field("label", description="column of the class label")
-    labels: tuple[str, ...] = Field((), description="class labels in order of their index; empty: sorted from train")
+    labels: Names = Field((), description="class labels in order of their index; empty: sorted from train")
     prompt: str = Field("question", description="column of the prompt (generation)")
     completion: str = Field("answer", description="column of the expected completion (generation)")
     template: str = Field("{prompt}\n\n{completion}", description="text of a language modelling row, from its columns")
@@ -107,14 +127,16 @@ class TaskConfig(Section):
 class AdapterConfig(Section):
     """The PEFT LoRA adapter."""
 
-    target_modules: str | tuple[str, ...] = Field("all-linear", description="as PEFT's LoraConfig")
+    target_modules: str | Names = Field(
+        "all-linear", description="all-linear, a list of names, or a regular expression of whole names, as PEFT's"
+    )
     rank: Positive = Field(8, description="initial rank of every module")
     target_rank: float | None = Field(
         None, gt=0, description="mean rank over the modules at the end; null: half of rank; methods with λ only"
     )
     alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="scale is alpha/rank")
     dropout: Fraction = Field(0.0, description="on the adapter's input")
-    modules_to_save: tuple[str, ...] = Field((), description="other modules trained in full, as PEFT's")
+    modules_to_save: Names = Field((), description="other modules trained in full, as PEFT's")
     initialization: Initialization = Field("orthonormal", description="of P and Q")
     factorization: Factorization | None = Field(
         None,
@@ -126,10 +148,12 @@ class HypernetworkConfig(Section):
     """H_P, H_Λ and H_Q, and how their outputs become factors."""
 
     kind: Kind = Field("attention", description="one BERT layer, an MLP, or a 1-d CNN")
-    hidden_size: Positive = Field(312, description="h; 312 is TinyBERT's")
+    hidden_size: Annotated[int, Field(gt=0, le=4096)] = Field(312, description="h; 312 is TinyBERT's")
     heads: Positive = Field(12, description="attention heads; must divide hidden_size")
-    intermediate_size: Positive | None = Field(None, description="f; null: 1200/312·h, or matched to attention")
-    layers: Positive = Field(1, description="depth")
+    intermediate_size: Annotated[int, Field(gt=0, le=16384)] | None = Field(
+        None, description="f; null: 1200/312·h, or matched to attention"
+    )
+    layers: Annotated[int, Field(gt=0, le=24)] = Field(1, description="depth")
     per_layer: bool = Field(False, description="one set of networks per transformer layer instead of one shared")
     update: Rule = Field("hybrid", description="update rule")
     scale: Annotated[float, Field(gt=0)] = Field(1.0, description="a, weight of the generated part")
@@ -151,7 +175,7 @@ class OptimizerConfig(Section):
     output_lr: Rate | None = Field(None, description="of their output maps; null: lr, 0.05 lr for hybrid")
     other_lr: Rate | None = Field(None, description="of heads and magnitudes; null: lr")
     lambda_ratio: Rate = Field(1.0, description="learning rates of λ and H_Λ over those of P, Q, H_P and H_Q")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="decay of the moments")
+    betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = Field((0.9, 0.999), description="decay of the moments")
     eps: Rate = Field(1e-8, description="added to the root of the second moment")
     direction: Direction | None = Field(
         None,
@@ -206,9 +230,15 @@ class RayConfig(Section):
 
 
 class StorageConfig(Section):
-    """Where checkpoints and adapters go."""
+    """Where checkpoints and adapters go; credentials come from the environment."""
 
-    uri: str = Field("runs", description="folder or fsspec URI; a run is a folder below it")
+    uri: str = Field("runs", description="folder or URI (s3://, gs://, az://); a run is a folder below it")
+    retry_seconds: Annotated[float, Field(ge=0)] = Field(
+        60.0, description="seconds that writing a checkpoint is tried again while training goes on"
+    )
+    final_retry_seconds: Annotated[float, Field(ge=0)] = Field(
+        300.0, description="seconds that writing the end of the run is tried again before it is kept here"
+    )
 
 
 class MLflowConfig(Section):
@@ -242,7 +272,11 @@ class MonitorsConfig(Section):
 class Recipe(Section):
     """One run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run's folder")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="of the run's folder: letters, digits, '.', '_' and '-'",
+    )
     description: str = Field("", description="one line for `hyperlora recipes`")
     seed: NonNegative = Field(0, description="of data order, initial values and dropout")
     method: MethodName = Field("hyperadalora", description="one of: " + ", ".join(METHODS))
@@ -340,8 +374,9 @@ class Problem:
     allowed: str
 
     def __str__(self) -> str:
-        shown = repr(self.value)
-        return f"{self.field}: got {shown if len(shown) <= 80 else shown[:77] + '...'}; {self.allowed}"
+        shown = uris.without_secrets(repr(self.value))
+        shown = shown if len(shown) <= LONGEST_VALUE else shown[: LONGEST_VALUE - 3] + "..."
+        return uris.without_secrets(f"{self.field}: got {shown}; {self.allowed}")
 
 
 class RecipeError(ValueError):
@@ -350,7 +385,7 @@ class RecipeError(ValueError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
         count = len(self.problems)
-        head = f"{count} problem{'s' if count > 1 else ''} in the recipe:"
+        head = f"{count} problem{'s' if count > 1 else ''}:"
         super().__init__("\n  ".join([head, *(str(p) for p in self.problems)]))
 
     def __reduce__(self) -> tuple[type[RecipeError], tuple[list[Problem]]]:
@@ -361,24 +396,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A recipe file as nested dictionaries.
 
     Raises:
-        RecipeError: the file is not UTF-8 YAML with a mapping at the top.
+        RecipeError: the file is not UTF-8 YAML with a mapping at the top, or larger than any recipe.
     """
+
+    def refused(value: Any, allowed: str) -> RecipeError:
+        return RecipeError([Problem(str(path), value, allowed)])
+
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError([Problem(str(path), str(error).replace("\n", " "), "allowed: UTF-8 YAML")]) from error
+        size = path.stat().st_size
+        if size > plain_yaml.LARGEST:
+            raise refused(f"{size:,} bytes", f"allowed: at most {plain_yaml.LARGEST:,}")
+        content = plain_yaml.load(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise refused(error.strerror, "allowed: a file that can be read") from error
+    except UnicodeDecodeError as error:
+        raise refused(f"{error.reason} at byte {error.start}", "allowed: UTF-8") from error
+    except ValueError as error:
+        raise refused(path.name, f"allowed: plain YAML without tags, aliases and repeated keys ({error})") from error
     if not isinstance(content, dict):
-        raise RecipeError([Problem(str(path), type(content).__name__, "allowed: a mapping of sections")])
+        found = "an empty file" if content is None else type(content).__name__
+        raise refused(found, "allowed: a mapping of sections")
     return content
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number, as everybody who types a learning rate expects."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def apply_overrides(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -397,8 +435,8 @@ def apply_overrides(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict
             problems.append(Problem(override, override, "allowed: key.sub=value"))
             continue
         try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
+            value = plain_yaml.load(text)
+        except ValueError:
             problems.append(Problem(key, text, "allowed: a YAML value (quote special characters)"))
             continue
         node = result
@@ -427,8 +465,8 @@ def parse(content: Mapping[str, Any]) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        problems = [_problem(e) for e in error.errors()]
-        bad = [tuple(e["loc"]) for e in error.errors()]
+        problems = _problems(error.errors())
+        bad = [[part for part in _location(e["loc"]) if not part.isdigit()] for e in error.errors()]
         # Combinations are checked on what is left, so that one answer names everything that can be known.
         try:
             rest = Recipe.model_validate(_without(content, bad))
@@ -443,7 +481,7 @@ def parse(content: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def _without(content: Any, bad: Sequence[tuple[Any, ...]]) -> Any:
+def _without(content: Any, bad: Sequence[Sequence[str]]) -> Any:
     result = _copied(content)
     for location in bad:
         node = result
@@ -455,16 +493,37 @@ def _without(content: Any, bad: Sequence[tuple[Any, ...]]) -> Any:
 
 
 def _problem(error: Any) -> Problem:
-    location = [str(part) for part in error["loc"]]
+    location = _location(error["loc"])
     field = ".".join(location)
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         return Problem(field, error["input"], _unknown_key(location))
-    if kind == "missing":
+    if kind == "missing" and _section_of(location[:-1]) is not None:
         return Problem(field, None, f"required: {_describe(location)}")
     if kind in ("literal_error", "enum"):
         return Problem(field, error["input"], f"allowed: {context['expected']}")
-    return Problem(field, error["input"], f"{error['msg'].lower()} ({_describe(location)})")
+    if kind == "model_type":
+        return Problem(field, error["input"], "allowed: a section of key: value lines")
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return Problem(field, error["input"], f"{message} ({_describe(location)})")
+
+
+def _location(parts: Sequence[Any]) -> list[str]:
+    """Where an error is, without the names that pydantic gives to the members of a union."""
+    location: list[str] = []
+    for part in parts:
+        outside = bool(location) and _section_of(location) is None and _section_of(location[:-1]) is not None
+        if not (outside and isinstance(part, str)):
+            location.append(str(part))
+    return location
+
+
+def _problems(errors: Sequence[Any]) -> list[Problem]:
+    """One problem for each field: the members of a union complain one by one."""
+    found: dict[str, Problem] = {}
+    for problem in map(_problem, errors):
+        found.setdefault(problem.field, problem)
+    return list(found.values())
 
 
 def _section_of(location: Sequence[str]) -> type[BaseModel] | None:
@@ -479,8 +538,9 @@ def _section_of(location: Sequence[str]) -> type[BaseModel] | None:
 
 
 def _describe(location: Sequence[str]) -> str:
-    section = _section_of(location[:-1])
-    field = section.model_fields.get(location[-1]) if section is not None else None
+    names = [part for part in location if not part.isdigit()]  # a member is described by its list
+    section = _section_of(names[:-1])
+    field = section.model_fields.get(names[-1]) if section is not None and names else None
     if field is None:
         return "see the recipe reference"
     if field.description:
@@ -503,6 +563,7 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
     def add(field: str, value: Any, allowed: str) -> None:
         found.append(Problem(field, value, allowed))
 
+    found += _uri_problems(recipe)
     t, r, d, m, h = recipe.training, recipe.ray, recipe.data, recipe.model, recipe.hypernetwork
     if (t.steps is None) == (t.epochs is None):
         add("training.steps", t.steps, "give training.steps or training.epochs, one of the two")
@@ -543,8 +604,16 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
         add("task.kind", recipe.task.kind, f"data.source={d.source} has rows for {fit}")
     elif d.source == "entailment" and recipe.task.kind != "classification":
         add("task.kind", recipe.task.kind, "data.source=entailment has rows for classification")
-    if m.trust_remote_code and m.revision is None:
-        add("model.trust_remote_code", True, "needs model.revision, the commit whose code was read and is trusted")
+    found += _model_problems(m)
+    found += _data_problems(d)
+    targets = recipe.adapter.target_modules
+    if not targets:
+        add("adapter.target_modules", targets, "all-linear, or one name or more")
+    elif isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            add("adapter.target_modules", targets, f"a regular expression ({error})")
     if "{prompt}" not in recipe.task.prompt_format:
         add("task.prompt_format", recipe.task.prompt_format, "must contain {prompt}")
     if recipe.task.kind == "generation" and recipe.task.max_new_tokens >= recipe.task.max_length:
@@ -571,6 +640,83 @@ def _warm_start_problems(recipe: Recipe) -> list[Problem]:
             allowed = "none or trunk without hypernetwork.init_from: new output maps generate nothing"
             found.append(Problem("hypernetwork.freeze", "all", allowed))
     return found
+
+
+def _uri_problems(recipe: Recipe) -> list[Problem]:
+    """Paths and URIs that name no place, or a secret."""
+    places: dict[str, str | None] = {
+        "storage.uri": recipe.storage.uri,
+        "monitors.baseline": recipe.monitors.baseline,
+        "hypernetwork.init_from": recipe.hypernetwork.init_from,
+        "data.root": recipe.data.root if recipe.data.source == "files" else None,
+    }
+    # Read by libraries with schemes of their own.
+    others: dict[str, str | None] = {
+        "mlflow.tracking_uri": recipe.mlflow.tracking_uri,
+        "ray.address": recipe.ray.address,
+        "model.path": recipe.model.path,
+        "model.tokenizer": recipe.model.tokenizer,
+    }
+    checked = [(field, uri, uris.problem(uri)) for field, uri in places.items() if uri is not None]
+    checked += [(field, uri, uris.secret_problem(uri)) for field, uri in others.items() if uri is not None]
+    return [Problem(field, uris.redacted(uri), allowed) for field, uri, allowed in checked if allowed is not None]
+
+
+def _model_problems(model: ModelConfig) -> list[Problem]:
+    """What would run code that nobody read, or hide a loading option in the model's config."""
+    found = []
+    if model.trust_remote_code:
+        if model.revision is None or not COMMIT_HASH.fullmatch(model.revision):
+            allowed = "the commit whose code was read and is trusted, 40 hexadecimal digits, for trust_remote_code"
+            found.append(Problem("model.revision", model.revision, allowed))
+        for field, path in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
+            if path is not None and Path(path).exists():
+                allowed = "a hub name for trust_remote_code: no revision pins the code of a local folder"
+                found.append(Problem(field, path, allowed))
+    for section in ("config", "architecture"):
+        for key in sorted(LOADING & getattr(model, section).keys()):
+            allowed = "no setting of a model; a token comes from the environment (HF_TOKEN), the rest from the recipe"
+            found.append(Problem(f"model.{section}.{key}", "***", allowed))
+    return found
+
+
+def _data_problems(data: DataConfig) -> list[Problem]:
+    """What no file could satisfy."""
+    found = []
+    repeated = sorted({label for label in data.labels if data.labels.count(label) > 1})
+    if repeated or len(data.labels) == 1:
+        found.append(Problem("data.labels", data.labels, "two labels or more, each once"))
+    try:
+        "".encode(data.encoding)
+    except (LookupError, ValueError):
+        found.append(Problem("data.encoding", data.encoding, "an encoding of text that Python knows, such as utf-8"))
+    if not template_columns(data):
+        allowed = "text with {prompt}, {completion} or {another column}, without formats, indices and attributes"
+        found.append(Problem("data.template", data.template, allowed))
+    for field in ("train", "eval"):
+        name = getattr(data, field)
+        if data.source == "files" and name is not None and not _inside(name):
+            found.append(Problem(f"data.{field}", name, "a file below data.root, without .."))
+    return found
+
+
+def template_columns(data: DataConfig) -> list[str]:
+    """The columns that ``data.template`` names; empty for a template that is not usable."""
+    try:
+        fields = [(name, form or kind) for _, name, form, kind in Formatter().parse(data.template) if name is not None]
+    except ValueError:
+        return []
+    # Attributes and indices reach into values, formats pad to any width.
+    if any(more or not name or name.isdigit() or re.search(r"[.\[\]]", name) for name, more in fields):
+        return []
+    renamed = {"prompt": data.prompt, "completion": data.completion}
+    return [renamed.get(name, name) for name, _ in fields]
+
+
+def _inside(name: str) -> bool:
+    """Whether a path stays in the folder that it is relative to."""
+    parts = name.split("/")
+    return bool(name.strip()) and "\0" not in name and "://" not in name and parts[0] != "" and ".." not in parts
 
 
 def _peft_adalora_problems(recipe: Recipe) -> list[Problem]:

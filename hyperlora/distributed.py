@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import urlsplit
 
 # Ray reads these when it is imported. Its usage report is off; accelerators are shown to workers as Ray assigns them.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -25,9 +27,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Queue
 
-from hyperlora import checkpoint, training
+from hyperlora import storage, training
 from hyperlora.config import Problem, Recipe, RecipeError, parse
-from hyperlora.training import NonFiniteError, RunInfo, Sink, Tee, World
+from hyperlora.stopping import Notice
+from hyperlora.storage import StorageError, patiently
+from hyperlora.training import NonFiniteError, NotStoredError, RunInfo, Sink, StoppedError, Tee, World
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,27 @@ class _QueueSink:
         self.flush()
 
 
+class _Order:
+    """The driver's order to stop, asked for in the background twice a second."""
+
+    def __init__(self, orders: Queue) -> None:
+        self._given, self._over = threading.Event(), threading.Event()
+        self._orders = orders
+        threading.Thread(target=self._ask, name="orders", daemon=True).start()
+
+    def given(self) -> bool:
+        return self._given.is_set()
+
+    def close(self) -> None:
+        self._over.set()
+
+    def _ask(self) -> None:
+        while not self._over.wait(0.5):
+            if not self._orders.empty():
+                self._given.set()
+                return
+
+
 def _worker(config: dict[str, Any]) -> None:
     """What runs on every Ray Train worker."""
     recipe = parse(config["recipe"])
@@ -85,12 +110,16 @@ def _worker(config: dict[str, Any]) -> None:
             from hyperlora.tracking import MLflowSink  # seconds of import that the other workers need not spend
 
             sinks.append(MLflowSink(recipe.mlflow.tracking_uri, run.mlflow_run_id))
+    order = _Order(config["orders"]) if rank == 0 else None
     try:
-        training.train(recipe, run, world, Tee(*sinks))
-    except (NonFiniteError, RecipeError) as error:
+        training.train(recipe, run, world, Tee(*sinks), stop=lambda: order is not None and order.given())
+    except (NonFiniteError, RecipeError, StoppedError, NotStoredError) as error:
         # Every worker meets these at the same point, and starting again would only meet them again.
         if rank == 0:
             queue.put(("failed", (error,)))
+    finally:
+        if order is not None:
+            order.close()
 
 
 @contextmanager
@@ -100,7 +129,7 @@ def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterato
     Ray Train asks the dashboard for the state of its workers; plain tasks do without its processes.
 
     Raises:
-        RecipeError: the cluster can never give what the recipe asks for.
+        RecipeError: there is no cluster at the address, or it can never give what the recipe asks for.
     """
     mine = not ray.is_initialized()
     if mine:
@@ -111,13 +140,43 @@ def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterato
         if address is None:
             # Workers that wait for gradients of each other may share cores; a laptop with one core runs two.
             more = {"num_cpus": max(os.cpu_count() or 1, int(-(-workers // 1))), "include_dashboard": dashboard}
-        ray.init(address=address, log_to_driver=verbose, logging_level=level, **more)
+        if address is not None:
+            _check_address(address)
+        try:
+            ray.init(address=address, log_to_driver=verbose, logging_level=level, **more)
+        except (OSError, ValueError, RuntimeError) as error:
+            if address is None:
+                raise
+            raise _unreachable(address, error) from error
     try:
         _check_resources(recipe)
         yield
     finally:
         if mine:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Find out in seconds whether anybody listens: Ray itself tries for minutes.
+
+    Raises:
+        RecipeError: nobody does, or it is no address.
+    """
+    if address == "auto":
+        return
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = parts.hostname, parts.port
+        if not host or port is None or parts.scheme not in ("", "ray"):
+            raise ValueError("host or port is missing")
+        socket.create_connection((host, port), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> RecipeError:
+    allowed = f"HOST:PORT or ray://HOST:PORT of a running cluster, auto, or null to start Ray here ({error})"
+    return RecipeError([Problem("ray.address", address, allowed)])
 
 
 def _check_resources(recipe: Recipe) -> None:
@@ -145,6 +204,8 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
     Raises:
         RecipeError: the recipe does not fit the cluster, the data or the model.
         NonFiniteError: a loss or gradient was not finite.
+        StoppedError: this process got SIGTERM, and the workers saved a checkpoint.
+        NotStoredError: the end of the run could not be written.
         RuntimeError: workers died more often than ``ray.max_failures``.
     """
 
@@ -155,13 +216,15 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         _worker(config)
 
     sink.phase("starting Ray")
-    with cluster(recipe, verbose):
-        queue = Queue(actor_options={"num_cpus": 0})
-        fs, root = checkpoint.filesystem(info.uri)
+    # Ray takes SIGTERM for itself when it starts.
+    with cluster(recipe, verbose), Notice() as notice:
+        queue, orders = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
+        fs, root = storage.filesystem(info.uri)
         settings = recipe.ray
         trainer = TorchTrainer(
             loop,
-            train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": asdict(info), "queue": queue},
+            train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": asdict(info)}
+            | {"queue": queue, "orders": orders},
             scaling_config=ScalingConfig(
                 num_workers=settings.num_workers,
                 use_gpu=settings.gpus_per_worker > 0,
@@ -180,6 +243,8 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         over = threading.Event()
         failures: list[Exception] = []
         follower = threading.Thread(target=_follow, args=(queue, sink, over, failures), name="progress", daemon=True)
+        orderer = threading.Thread(target=_order, args=(notice, orders, over), name="stopping", daemon=True)
+        orderer.start()
         follower.start()
         try:
             trainer.fit()
@@ -188,10 +253,21 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         finally:
             over.set()
             follower.join()
-            if fs.exists(f"{root}/ray"):
-                fs.rm(f"{root}/ray", recursive=True)
+            orderer.join()
+            try:
+                patiently(storage.remove_tree, f"{info.uri}/ray")
+            except StorageError as error:
+                logger.warning("Ray's own records stay: %s", error)
         if failures:
             raise failures[0]
+
+
+def _order(notice: Notice, orders: Queue, over: threading.Event) -> None:
+    """Hand the wish to stop to worker 0."""
+    while not over.wait(0.1):
+        if notice.given():
+            orders.put("stop")
+            return
 
 
 def _follow(queue: Queue, sink: Sink, over: threading.Event, failures: list[Exception]) -> None:

@@ -14,11 +14,12 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from hyperlora import checkpoint
+from hyperlora import checkpoint, storage
 from hyperlora.adapters import BUILTIN
 from hyperlora.baselines import AdapterOptimizer, UnequalLoRA
 from hyperlora.config import Recipe
 from hyperlora.optimizer import HyperAdaLoRA
+from hyperlora.storage import patiently
 
 # Ranks that vLLM's --max-lora-rank takes (vllm/config/lora.py, MaxLoRARanks).
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -131,7 +132,7 @@ def adapter_files(adapter: PlainAdapter) -> dict[str, bytes]:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b
     return {
-        "adapter_config.json": checkpoint.pack_json(config),
+        "adapter_config.json": storage.pack_json(config),
         "adapter_model.safetensors": checkpoint.pack(tensors, {"format": "pt"}),
     }
 
@@ -159,13 +160,25 @@ def card_facts(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return facts | {"metric": metric, "metric_before": before.get(metric), "metric_after": evaluations[-1][metric]}
 
 
-def write_adapter(uri: str, adapter: PlainAdapter, recipe: Recipe, outcome: dict[str, Any]) -> None:
-    """Write adapter and model card into a folder (any fsspec URI)."""
-    fs, root = checkpoint.filesystem(uri)
-    fs.makedirs(root, exist_ok=True)
+def write_adapter(
+    uri: str, adapter: PlainAdapter, recipe: Recipe, outcome: dict[str, Any], patience: float = storage.PATIENCE
+) -> None:
+    """Write adapter and model card into a folder.
+
+    Args:
+        uri: path or URI.
+        adapter: what to write.
+        recipe: of the run that made it.
+        outcome: of that run, for the model card.
+        patience: seconds that each operation is tried again.
+
+    Raises:
+        StorageError: the store does not take a file.
+        ValueError: as :func:`adapter_files`.
+    """
     files = adapter_files(adapter) | {"README.md": model_card(adapter, recipe, outcome).encode()}
     for name, data in files.items():
-        fs.pipe_file(f"{root}/{name}", data)
+        patiently(storage.write, f"{uri}/{name}", data, patience=patience)
 
 
 def model_card(adapter: PlainAdapter, recipe: Recipe, outcome: dict[str, Any]) -> str:

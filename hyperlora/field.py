@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, Strict, ValidationError
 
 from hyperlora.comparison import Record, edge, search_scores, select_rate
 from hyperlora.config import Problem, Recipe, RecipeError, Section, apply_overrides, parse, read_yaml
@@ -25,7 +25,7 @@ DECIDED = ("optimizer.lr", "optimizer.other_lr")
 class ContestantConfig(Section):
     """One method in the field."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="of its trials' folders")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=60, description="of its trials' folders")
     label: str = Field("", description="for people; empty: the name")
     set: dict[str, Any] = Field(default_factory=dict, description="dotted keys of the recipe and their values")
     rank: Literal["initial", "final"] = Field(
@@ -38,7 +38,9 @@ class FieldConfig(Section):
 
     description: str = Field("", description="one line")
     baseline: str = Field(description="name of the contestant that the others are compared with")
-    contestants: tuple[ContestantConfig, ...] = Field(min_length=1, description="in the order of the report")
+    contestants: Annotated[tuple[ContestantConfig, ...], Strict(False)] = Field(
+        min_length=1, description="in the order of the report"
+    )
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def read_field(path: Path) -> FieldConfig:
 def _problem(path: Path, error: Any) -> Problem:
     location = list(error["loc"])
     section = FieldConfig if len(location) == 1 else ContestantConfig
-    allowed = error["msg"].lower()
+    allowed = error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "extra_forbidden":
         allowed = f"unknown key; allowed: {', '.join(section.model_fields)}"
     elif error["type"] == "missing":

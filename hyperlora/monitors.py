@@ -19,7 +19,7 @@ import fsspec
 
 from hyperlora.config import MonitorsConfig, Problem, RecipeError
 
-Monitor = Literal["stall", "pruning_drop", "gradient"]
+Monitor = Literal["stall", "pruning_drop", "gradient", "checkpoint"]
 # Gradient norms whose median is "now": one odd batch, or two, are no instability.
 RECENT = 5
 # Fewest earlier norms to compare with: too high a rate explodes as soon as the warm-up is over.
@@ -76,7 +76,7 @@ def read_baseline(config: MonitorsConfig, total_steps: int) -> list[float] | Non
     try:
         with fsspec.open(config.baseline, "r", encoding="utf-8") as file:
             curve = _curve(json.load(file), loss_window(config, total_steps))
-    except (OSError, ValueError, ImportError, LookupError, TypeError) as error:
+    except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problem = Problem("monitors.baseline", config.baseline, f"{allowed} ({type(error).__name__}: {error})")
         raise RecipeError([problem]) from error
     if not min(curve) < curve[0]:
@@ -92,6 +92,8 @@ def _curve(content: Any, window: int) -> list[float]:
         curve = [mean([float(x) for x in values]) for values in zip(*smoothed, strict=True)]
     else:
         losses = content["losses"] if isinstance(content, dict) else content
+        if not isinstance(losses, list):
+            raise TypeError(f"losses are {type(losses).__name__}")
         curve = trailing_mean([float(x) for x in losses], window)
     if not curve or not all(map(math.isfinite, curve)):
         raise ValueError("needs one finite loss or more")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from hyperlora.adapters import attach, load_config, load_tokenizer, model_problems, prepare
+from hyperlora.adapters import attach, load_config, load_tokenizer, model_problems, prepare, weight_problems
 from hyperlora.config import METHODS, Problem, Recipe, RecipeError
 from hyperlora.monitors import read_baseline
 from hyperlora.optimizer import HyperAdaLoRA
@@ -70,14 +71,63 @@ class Estimate:
 
 
 def meta_model(recipe: Recipe, task: Task, total_steps: int) -> PeftModel:
-    """The model and its adapter without memory behind them."""
+    """The model and its adapter without memory behind them.
+
+    Raises:
+        RecipeError: the architecture does not fit the task, or the weights or the adapter do not fit the architecture.
+    """
     extra = {} if task.num_labels is None else {"num_labels": task.num_labels}
     config = load_config(recipe.model, **extra)
     factory = AutoModelForCausalLM if task.num_labels is None else AutoModelForSequenceClassification
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if task.num_labels is None and encoder:
+        allowed = f"classification: {config.model_type} sees the tokens that it would have to predict"
+        raise RecipeError([Problem("task.kind", recipe.task.kind, allowed)])
     with torch.device("meta"):
-        base = factory.from_config(config, dtype=getattr(torch, recipe.model.dtype))
+        try:
+            base = factory.from_config(config, dtype=getattr(torch, recipe.model.dtype))
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0][:300]
+            allowed = f"a model for task.kind={recipe.task.kind} ({reason})"
+            raise RecipeError([Problem("model.path", recipe.model.path, allowed)]) from error
+        problems = weight_problems(recipe.model, base) + _row_problems(recipe, task, base.config)
+        if problems:
+            raise RecipeError(problems)
         model = attach(base, recipe, task.num_labels, total_steps)
     return prepare(model, recipe)
+
+
+def _row_problems(recipe: Recipe, task: Task, config: PretrainedConfig) -> list[Problem]:
+    """Rows that the model cannot take or learn nothing from."""
+    text = config.get_text_config()
+    problems = []
+    largest = max(max(ids, default=0) for part in (task.train, task.held_out) for ids in part["input_ids"])
+    longest = max(len(ids) for part in (task.train, task.held_out) for ids in part["input_ids"])
+    if largest >= text.vocab_size:
+        allowed = f"a tokenizer of the model, which has {text.vocab_size:,} tokens: this one gave number {largest:,}"
+        problems.append(Problem("model.tokenizer", recipe.model.tokenizer or recipe.model.path, allowed))
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:
+        problems.append(
+            Problem("task.max_length", recipe.task.max_length, f"at most the model's {positions} positions")
+        )
+    # A batch without a single target has no mean loss.
+    batch, empty = recipe.training.batch_size, sum(weight == 0 for weight in task.train["weight"])
+    for field, count, rows, enough in (
+        ("data.train", empty, len(task.train), empty >= batch),
+        (
+            "data.eval",
+            sum(w == 0 for w in task.held_out["weight"]),
+            len(task.held_out),
+            not sum(task.held_out["weight"]),
+        ),
+    ):
+        if enough:
+            allowed = (
+                f"rows with something to learn: in {count} of {rows} the prompt alone fills task.max_length tokens"
+            )
+            problems.append(Problem(field, getattr(recipe.data, field[5:]) or recipe.data.source, allowed))
+    return problems
 
 
 def _sizes(recipe: Recipe, model: PeftModel, steps: int, source: Source | None = None) -> tuple[Sizes, int, int]:

@@ -5,30 +5,23 @@ Figures are inline SVG without a background, whose ink is the text colour of the
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hyperlora.figures import rank_table
+from hyperlora.page import INK, PALETTE, figure, page, section, significant, size
 from hyperlora.verdict import METRIC, STEPS, STEPS_GOAL, TIME, number, words
 
 Contestant = Mapping[str, Any]
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, without black and yellow; then the same, dashed.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = (("solid", "solid"), ((0, (5, 2)), "dashed"), ((0, (1, 1.5)), "dotted"))
-STYLE = Path(__file__).parent / "assets" / "report.css"
-INK = "#010203"  # stands for the text colour of the page
 HEAT_MAPS = 4
 
 
@@ -39,46 +32,34 @@ def comparison_page(result: Mapping[str, Any]) -> str:
     sections = [
         f'<p class="verdict">{escape(result["verdict"])}</p>',
         _gaps(result),
-        _section("Contestants", _tables(contestants, looks, result)),
+        section("Contestants", _tables(contestants, looks, result)),
     ]
     if any(c["trials"] for c in contestants):
         legend = _legend(contestants, looks)
         sections += [
-            _section("Steps to the baseline's final loss", _forest(contestants, looks, result)),
-            _section("Training loss", legend + _curves(contestants, looks, result)),
-            _section(
+            section("Steps to the baseline's final loss", _forest(contestants, looks, result)),
+            section("Training loss", legend + _curves(contestants, looks, result)),
+            section(
                 "Held-out " + words(result["metric"]).removeprefix("held-out "), _held_out(contestants, looks, result)
             ),
         ]
     if any(_searched(c) for c in contestants):
         sections.append(
-            _section("Search of the learning rate", _legend(contestants, looks) + _search(contestants, looks, result))
+            section("Search of the learning rate", _legend(contestants, looks) + _search(contestants, looks, result))
         )
     sections += [
         _rank_maps(contestants, result),
-        _section("How to read this page", _guide(result)),
+        section("How to read this page", _guide(result)),
         _provenance(result),
     ]
-    title = escape(result["name"])
     subtitle = (
         f"{len(contestants)} contestants, {len(result['seeds'])} seeds, {result['steps']:,} steps each; "
         f"{result['created'].replace('T', ' ').replace('+00:00', ' UTC')}"
     )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Comparison: {title}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>\n"
-        f'<body><main><h1>Comparison: {title}</h1><p class="quiet">{escape(subtitle)}</p>\n'
-        + "\n".join(s for s in sections if s)
-        + "\n</main></body></html>\n"
-    )
+    return page(f"Comparison: {result['name']}", subtitle, [s for s in sections if s])
 
 
 # -------------------------------------------------------------------- pieces
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
 def _ordered(result: Mapping[str, Any]) -> list[Contestant]:
@@ -129,23 +110,6 @@ def _gaps(result: Mapping[str, Any]) -> str:
 
 
 # -------------------------------------------------------------------- numbers
-
-
-def significant(value: float, digits: int = 3) -> str:
-    """A number to so many significant digits, never in powers of ten."""
-    if value == 0:
-        return "0"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}".replace("-", "−")
-
-
-def size(count: float) -> str:
-    """Bytes in powers of 1024."""
-    units = ["B", "KiB", "MiB", "GiB"]
-    while count >= 1024 and len(units) > 1:
-        count /= 1024
-        units.pop(0)
-    return f"{significant(count)} {units[0]}"
 
 
 def _cell(entry: Mapping[str, Any] | None, show: Callable[[float], str]) -> str:
@@ -240,46 +204,19 @@ def _rate(c: Contestant) -> str:
 # -------------------------------------------------------------------- figures
 
 
-def _figure(name: str, alt: str, width: float, height: float, draw: Callable[[Figure], None]) -> str:
-    """Draw a figure and return it as inline SVG; texts stay texts, and nothing in it is fetched."""
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "text.parse_math": False,
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        **dict.fromkeys((f"{part}.color" for part in ("text", "xtick", "ytick", "grid")), INK),
-        **dict.fromkeys(("axes.edgecolor", "axes.labelcolor"), INK),
-        "grid.alpha": 0.15,
-        "axes.grid": True,
-        "axes.facecolor": "none",
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
-    # Names inside a figure are its own: several figures share one page.
-    svg = svg.replace(' id="', f' id="{name}-').replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
-    svg = svg.replace(INK, "currentColor")
-    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)
-    box = re.search(r'viewBox="[^"]*"', svg)
-    assert box is not None
-    inner = svg[svg.index(">") + 1 :]
-    return f'<figure><svg {box[0]} role="img" aria-label="{escape(alt)}">{inner}</figure>'
-
-
 def _band(axes: Axes, x: np.ndarray, curves: np.ndarray, look: Mapping[str, Any]) -> None:
     """Mean of curves, (seeds, T), and a band of one standard deviation over the seeds."""
     mean, spread = curves.mean(axis=0), curves.std(axis=0)
     axes.plot(x, mean, color=look["color"], linestyle=look["linestyle"], linewidth=1.6)
     axes.fill_between(x, mean - spread, mean + spread, color=look["color"], alpha=0.12, linewidth=0)
+
+
+def _frame(axes: Axes, curves: Sequence[np.ndarray]) -> None:
+    """Fit the height to all but the first tenth of the steps, whose fall would press the rest into one line."""
+    late = [curve[len(curve) // 10 :] for curve in curves if len(curve) > 1]
+    if late:
+        low, high = min(c.min() for c in late), max(c.max() for c in late)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-12)
 
 
 def _curves(contestants: Sequence[Contestant], looks: Mapping[str, Any], result: Mapping[str, Any]) -> str:
@@ -293,6 +230,7 @@ def _curves(contestants: Sequence[Contestant], looks: Mapping[str, Any], result:
         for name, by_seed in reversed(curves.items()):
             if by_seed:
                 _band(axes, steps + 1, np.stack(list(by_seed.values())), looks[name])
+        _frame(axes, [values for by_seed in curves.values() for values in by_seed.values()])
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("smoothed training loss, nats")
 
@@ -308,8 +246,8 @@ def _curves(contestants: Sequence[Contestant], looks: Mapping[str, Any], result:
 
     alt = "Smoothed training loss over optimizer steps, mean over seeds with a band, of every contestant"
     gap = "Difference of the smoothed training loss to the baseline's of the same seed, of every contestant"
-    first = _figure("loss", alt, 4.6, 3.4, losses)
-    second = _figure("gap", gap, 4.6, 3.4, gaps) if base else ""
+    first = figure("loss", alt, 4.6, 3.4, losses)
+    second = figure("gap", gap, 4.6, 3.4, gaps) if base else ""
     caption = "Mean over seeds; bands are one standard deviation. Right or below: paired difference, less is faster."
     return f'<div class="pair">{first}{second}</div><p class="quiet">{caption}</p>'
 
@@ -350,7 +288,7 @@ def _rows(
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
 
-    return f'<div class="one">{_figure(name, alt, 4.6, 0.9 + 0.46 * len(entries), draw)}</div>'
+    return f'<div class="one">{figure(name, alt, 4.6, 0.9 + 0.46 * len(entries), draw)}</div>'
 
 
 def _forest(contestants: Sequence[Contestant], looks: Mapping[str, Any], result: Mapping[str, Any]) -> str:
@@ -428,7 +366,7 @@ def _search(contestants: Sequence[Contestant], looks: Mapping[str, Any], result:
     listed = "; ".join(f"{c['label']} {c['best_lr']:g}" for c in shown if c["best_lr"] is not None)
     alt = f"Final training loss against the learning rate, of every contestant. Best rates: {listed}"
     caption = f"Selected by {result['selection']}. A diamond marks the best rate; rates that failed have no point."
-    return f'<div class="one">{_figure("search", alt, 4.6, 3.4, draw)}</div><p class="quiet">{escape(caption)}</p>'
+    return f'<div class="one">{figure("search", alt, 4.6, 3.4, draw)}</div><p class="quiet">{escape(caption)}</p>'
 
 
 def _rank_maps(contestants: Sequence[Contestant], result: Mapping[str, Any]) -> str:
@@ -439,7 +377,7 @@ def _rank_maps(contestants: Sequence[Contestant], result: Mapping[str, Any]) -> 
         return ""
     shown = f"{min(len(moved), HEAT_MAPS)} of {len(moved)}"
     note = f"Live rank after training, mean over seeds. Shown: {shown} contestants that prune."
-    return _section("Where the rank went", f'<div class="maps">{maps}</div><p class="quiet">{note}</p>')
+    return section("Where the rank went", f'<div class="maps">{maps}</div><p class="quiet">{note}</p>')
 
 
 def _rank_map(c: Contestant) -> str:
@@ -528,7 +466,7 @@ def _provenance(result: Mapping[str, Any]) -> str:
     settings = {c["name"]: c["set"] for c in result["contestants"]}
     rates = ", ".join(f"{lr:g}" for lr in result["lrs"])
     seeds = ", ".join(str(s) for s in result["seeds"])
-    return _section(
+    return section(
         "Provenance",
         f"<pre>{escape(result['command'])}</pre>"
         f'<p class="quiet">Learning rates tried first: {rates}. Seeds: {seeds}. Selected by '

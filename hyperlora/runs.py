@@ -1,6 +1,7 @@
 """Run folders: where a run lives, and which one a resume goes on with.
 
 <storage.uri>/<name>-<time>/run.json       recipe and MLflow run, written when the run starts
+                            owners/        who may write here, see ownership.py
                             checkpoints/   the newest ones
                             adapter/       the plain PEFT adapter, when the run is finished
                             result.json    the outcome; a run that has it is finished
@@ -10,12 +11,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hyperlora import checkpoint
+from hyperlora import storage
 from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.ownership import Lease, OwnedElsewhereError
+from hyperlora.storage import patiently
 from hyperlora.tracking import flatten
 from hyperlora.training import RunInfo
 
@@ -39,11 +43,48 @@ def absolute(uri: str) -> str:
 def new_uri(recipe: Recipe) -> str:
     """The folder of a new run, named by the recipe and the time (UTC)."""
     base = f"{absolute(recipe.storage.uri)}/{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    fs, root = checkpoint.filesystem(base)
     found, number = base, 2
-    while fs.exists(root):
-        found, root, number = f"{base}-{number}", f"{checkpoint.filesystem(base)[1]}-{number}", number + 1
+    while patiently(storage.exists, found):
+        found, number = f"{base}-{number}", number + 1
     return found
+
+
+def claim(recipe: Recipe, resume: bool) -> tuple[RunInfo, Lease]:
+    """A new run, or the one to go on with, and the right to write into its folder.
+
+    Raises:
+        RecipeError: the folder cannot be written or belongs to a command that is running, or as :func:`unfinished`.
+    """
+    try:
+        if not resume:
+            return _claim_new(recipe)
+        info = unfinished(recipe)
+        try:
+            lease = Lease(info.uri)
+        except OwnedElsewhereError as error:
+            raise RecipeError([Problem("--resume", info.uri, str(error))]) from error
+        try:
+            _must_be_unfinished(info.uri)
+        except RecipeError:
+            lease.release()
+            raise
+        return replace(info, owner=lease.owner), lease
+    except OSError as error:
+        raise _unwritable(recipe, error) from error
+
+
+def _unwritable(recipe: Recipe, error: OSError) -> RecipeError:
+    return RecipeError([Problem("storage.uri", recipe.storage.uri, f"a writable folder or URI ({error})")])
+
+
+def _claim_new(recipe: Recipe) -> tuple[RunInfo, Lease]:
+    while True:
+        uri = new_uri(recipe)
+        try:
+            lease = Lease(uri)
+        except OwnedElsewhereError:
+            continue  # somebody else took this name in the same second
+        return RunInfo(uri, owner=lease.owner), lease
 
 
 def record(info: RunInfo, recipe: Recipe) -> None:
@@ -54,11 +95,9 @@ def record(info: RunInfo, recipe: Recipe) -> None:
     """
     content = {"recipe": recipe.model_dump(mode="json"), "mlflow_run_id": info.mlflow_run_id}
     try:
-        checkpoint.replace_file(info.uri, "run.json", checkpoint.pack_json(content))
-    except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(
-            [Problem("storage.uri", recipe.storage.uri, f"a writable folder or URI ({error})")]
-        ) from error
+        patiently(storage.write, f"{info.uri}/run.json", storage.pack_json(content))
+    except OSError as error:
+        raise _unwritable(recipe, error) from error
 
 
 def check_same(uri: str, recipe: Recipe) -> None:
@@ -81,10 +120,10 @@ def result(uri: str) -> dict[str, Any] | None:
 
 def read(uri: str, name: str) -> Any:
     """A JSON file of a folder; None when it is not there."""
-    fs, root = checkpoint.filesystem(uri)
-    fs.invalidate_cache()
-    path = f"{root}/{name}"
-    return json.loads(fs.cat_file(path)) if fs.exists(path) else None
+    try:
+        return json.loads(patiently(storage.read, f"{uri}/{name}"))
+    except FileNotFoundError:
+        return None
 
 
 def unfinished(recipe: Recipe) -> RunInfo:
@@ -92,23 +131,28 @@ def unfinished(recipe: Recipe) -> RunInfo:
 
     Raises:
         RecipeError: there is none, it is finished, or its recipe differs in what it computes.
+        StorageError: the store does not answer.
     """
     base = absolute(recipe.storage.uri)
-    fs, root = checkpoint.filesystem(base)
-    paths = [p for p in fs.glob(f"{root}/{recipe.name}-*/run.json") if _of_name(p, recipe.name)]
-    if not paths:
+    found = patiently(storage.glob, base, f"{recipe.name}-*/run.json")
+    names = [path.removesuffix("/run.json") for path in found]
+    names = [name for name in names if _of_name(name, recipe.name)]
+    if not names:
         raise RecipeError(
             [Problem("storage.uri", base, f"no run of {recipe.name!r} to resume; start without --resume")]
         )
-    newest = max(paths).rsplit("/", 1)[0]
-    uri = base + newest[len(root.rstrip("/")) :]
-    if result(uri) is not None:
-        raise RecipeError([Problem("--resume", uri, "this run is finished; start without --resume for a new one")])
-    content = json.loads(fs.cat_file(f"{newest}/run.json"))
+    uri = f"{base}/{max(names)}"
+    _must_be_unfinished(uri)
+    content = json.loads(patiently(storage.read, f"{uri}/run.json"))
     changed = differences(content["recipe"], recipe)
     if changed:
         raise RecipeError([Problem(key, new, f"the run to resume has {old!r}") for key, old, new in changed])
     return RunInfo(uri, content["mlflow_run_id"])
+
+
+def _must_be_unfinished(uri: str) -> None:
+    if result(uri) is not None:
+        raise RecipeError([Problem("--resume", uri, "this run is finished; start without --resume for a new one")])
 
 
 def differences(recorded: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Any, Any]]:
@@ -121,9 +165,8 @@ def differences(recorded: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, 
     ]
 
 
-def _of_name(path: str, name: str) -> bool:
+def _of_name(folder: str, name: str) -> bool:
     # quickstart-entailment-… is no run of quickstart: what follows the name is the time.
-    folder = path.rsplit("/", 2)[1]
     return folder[len(name) + 1 :].replace("-", "").isdigit()
 
 

@@ -31,8 +31,9 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from hyperlora import checkpoint, runs, training, warm_start
+from hyperlora import runs, storage, training, warm_start
 from hyperlora.config import Recipe, parse
+from hyperlora.storage import patiently
 from hyperlora.training import NonFiniteError, RunInfo, Silent
 
 logger = logging.getLogger(__name__)
@@ -63,14 +64,14 @@ class Result:
 
     Attributes:
         trial: which one.
-        status: whether there is an outcome.
-        reason: why it failed, in one line.
+        status: whether there is an outcome; ``stopped`` early by a search that tunes.
+        reason: why it failed or was stopped, in one line.
         outcome: of the trainer.
         peak_memory_bytes: of its process, or allocated on its GPU; None where neither can be read.
     """
 
     trial: Trial
-    status: Literal["finished", "failed"]
+    status: Literal["finished", "stopped", "failed"]
     reason: str | None
     outcome: dict[str, Any] | None
     peak_memory_bytes: int | None
@@ -167,7 +168,7 @@ def _result(trial: Trial, reference: Any) -> Result:
     except RayError as error:
         logger.info("trial %s failed", trial.name, exc_info=error)
         peak = (runs.read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
-        return Result(trial, "failed", _reason(error), None, peak)
+        return Result(trial, "failed", reason(error), None, peak)
     found = recorded(trial)
     if found is None:
         return Result(
@@ -176,7 +177,8 @@ def _result(trial: Trial, reference: Any) -> Result:
     return found
 
 
-def _reason(error: RayError) -> str:
+def reason(error: BaseException) -> str:
+    """Why a trial failed, in one line."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, NonFiniteError):
         return str(cause)
@@ -190,33 +192,38 @@ def _reason(error: RayError) -> str:
 def _train(content: dict[str, Any], uri: str) -> None:
     recipe = parse(content)
     torch.set_num_threads(max(1, int(recipe.ray.cpus_per_worker)))
-    with _only_process(uri):
+    with only_process(uri):
         if runs.read(uri, RESULT) is not None or runs.read(uri, DIVERGED) is not None:
             return
         try:
-            training.train(recipe, RunInfo(uri), sink=_PeakMemory(uri))
+            training.train(recipe, RunInfo(uri), sink=PeakMemory(uri))
         except NonFiniteError as error:
-            _write(uri, DIVERGED, {"reason": str(error)})
+            write(uri, DIVERGED, {"reason": str(error)})
             raise
         warm_start.keep_networks(uri)
         # They served to go on after a kill; a search of a hundred trials would keep gigabytes of them.
-        fs, root = checkpoint.filesystem(uri)
-        fs.rm(f"{root}/checkpoints", recursive=True)
+        drop_checkpoints(uri)
+
+
+def drop_checkpoints(uri: str) -> None:
+    """Remove what served to go on after a kill."""
+    fs, root = storage.filesystem(f"{uri}/checkpoints")
+    if fs.exists(root):
+        fs.rm(root, recursive=True)
 
 
 @contextmanager
-def _only_process(uri: str) -> Iterator[None]:
+def only_process(uri: str) -> Iterator[None]:
     """Wait for a process of a killed search that is still at work in a local folder: Ray takes seconds to end it."""
-    fs, root = checkpoint.filesystem(uri)
-    if "file" not in fs.protocol:
+    if not storage.is_local(uri):
         yield
         return
-    with Path(root, ".lock").open("w") as lock:
+    with Path(storage.filesystem(uri)[1], ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-class _PeakMemory(Silent):
+class PeakMemory(Silent):
     """Writes the peak memory of a trial at each of its phases, so that a finished trial always has it."""
 
     def __init__(self, uri: str) -> None:
@@ -237,7 +244,7 @@ class _PeakMemory(Silent):
             return
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _high_water_mark()
         before = runs.read(self._uri, MEMORY) or {"peak_memory_bytes": 0}
-        _write(self._uri, MEMORY, {"peak_memory_bytes": max(peak, before["peak_memory_bytes"])})
+        write(self._uri, MEMORY, {"peak_memory_bytes": max(peak, before["peak_memory_bytes"])})
 
 
 def _reset_high_water_mark() -> bool:
@@ -255,5 +262,6 @@ def _high_water_mark() -> int:
     return int(line.split()[1]) * 1024
 
 
-def _write(uri: str, name: str, content: Any) -> None:
-    checkpoint.replace_file(uri, name, checkpoint.pack_json(content))
+def write(uri: str, name: str, content: Any) -> None:
+    """Write a JSON file of a trial's folder whole."""
+    patiently(storage.write, f"{uri}/{name}", storage.pack_json(content))

@@ -7,11 +7,12 @@ import os
 import platform
 import sqlite3
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,18 @@ import yaml
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+# A background thread asks again anyway; MLflow's own attempts would hold up the end of a run for minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
-from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora import spool, storage
+from hyperlora.config import MLflowConfig, Problem, Recipe, RecipeError
+from hyperlora.spool import Spool
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("hyperadalora", "torch", "transformers", "peft", "ray", "mlflow", "datasets")
@@ -33,6 +40,10 @@ PACKAGES = ("hyperadalora", "torch", "transformers", "peft", "ray", "mlflow", "d
 BATCH = 1000
 PARAMS = 100
 VALUE = 6000
+# Steps in one delivery; each has about ten metrics.
+RECORDS = 50
+# The metric by which a step or an evaluation is known to be in a run.
+_SIGN = {"step": "loss", "evaluation": "held_out_loss"}
 # Seconds that a checkpoint waits for metrics to be delivered.
 PATIENCE = 5.0
 
@@ -90,10 +101,9 @@ def start(recipe: Recipe, run_uri: str, run_name: str, facts: Mapping[str, Any])
         RecipeError: the tracking server or database cannot be reached.
     """
     uri = recipe.mlflow.tracking_uri
-    _check(uri)
     try:
         client = MlflowClient(uri)
-        experiment_id = _experiment(client, recipe)
+        experiment_id = experiment(client, recipe.mlflow)
         tags = {"mlflow.runName": run_name, "hyperlora.run_uri": run_uri, "hyperlora.method": recipe.method}
         tags |= {f"version.{k}": v for k, v in versions().items()} | git_state()
         run_id = client.create_run(experiment_id, tags=tags).info.run_id
@@ -103,45 +113,56 @@ def start(recipe: Recipe, run_uri: str, run_name: str, facts: Mapping[str, Any])
             client.log_batch(run_id, params=items[first : first + PARAMS])
         client.log_text(run_id, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), "recipe.yaml")
     except (MlflowException, OSError) as error:
-        raise _unreachable(uri, error) from error
+        raise unreachable(uri, error) from error
     return str(run_id)
 
 
-def _experiment(client: MlflowClient, recipe: Recipe) -> str:
-    """Id of the recipe's experiment, which is created when it is not there."""
-    experiment = client.get_experiment_by_name(recipe.mlflow.experiment)
-    if experiment is not None:
-        return str(experiment.experiment_id)
-    return str(client.create_experiment(recipe.mlflow.experiment, _artifact_location(recipe.mlflow.tracking_uri)))
+def experiment(client: MlflowClient, config: MLflowConfig) -> str:
+    """Id of the experiment, which is created when it is not there."""
+    found = client.get_experiment_by_name(config.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    return str(client.create_experiment(config.experiment, _artifact_location(config.tracking_uri)))
 
 
-def _unreachable(uri: str, error: Exception) -> RecipeError:
+def unreachable(uri: str, error: Exception) -> RecipeError:
+    """What to tell the user when the server or database does not answer."""
     reason = str(error).strip().splitlines()[0]
     return RecipeError([Problem("mlflow.tracking_uri", uri, f"a reachable server or database ({reason})")])
 
 
-def start_comparison(recipe: Recipe, uri: str, name: str, params: Mapping[str, Any]) -> str:
-    """The one MLflow run of the comparison in the folder ``uri``, created or taken up again; returns the run id.
+def start_search(
+    recipe: Recipe, uri: str, name: str, params: Mapping[str, Any], kind: str, tags: Mapping[str, str] | None = None
+) -> str:
+    """The one MLflow run of the search in the folder ``uri``, created or taken up again; returns the run id.
+
+    Args:
+        recipe: says where MLflow is.
+        uri: of the search's folder.
+        name: of the run.
+        params: of the run.
+        kind: comparison, study or tuning.
+        tags: beside versions, git state, kind and folder.
 
     Raises:
         RecipeError: the tracking server or database cannot be reached.
     """
-    _check(recipe.mlflow.tracking_uri)
+    check(recipe)
     try:
         client = MlflowClient(recipe.mlflow.tracking_uri)
-        experiment_id = _experiment(client, recipe)
+        experiment_id = experiment(client, recipe.mlflow)
         # MLflow's filters know no escapes: the folder is compared here.
-        earlier = client.search_runs([experiment_id], "tags.`hyperlora.kind` = 'comparison'")
+        earlier = client.search_runs([experiment_id], f"tags.`hyperlora.kind` = '{kind}'")
         same = [run.info.run_id for run in earlier if run.data.tags["hyperlora.run_uri"] == uri]
         if same:
             client.update_run(same[0], status="RUNNING")
             return str(same[0])
-        tags = {"mlflow.runName": name, "hyperlora.kind": "comparison", "hyperlora.run_uri": uri}
+        tags = {**(tags or {}), "mlflow.runName": name, "hyperlora.kind": kind, "hyperlora.run_uri": uri}
         tags |= {f"version.{k}": v for k, v in versions().items()} | git_state()
         run_id = client.create_run(experiment_id, tags=tags).info.run_id
         client.log_batch(run_id, params=[Param(k, str(v)[:VALUE]) for k, v in params.items()])
     except (MlflowException, OSError) as error:
-        raise _unreachable(recipe.mlflow.tracking_uri, error) from error
+        raise unreachable(recipe.mlflow.tracking_uri, error) from error
     return str(run_id)
 
 
@@ -165,12 +186,92 @@ def finish_comparison(recipe: Recipe, run_id: str, result: Mapping[str, Any], fi
     client.set_terminated(run_id, "FINISHED")
 
 
-def _check(uri: str) -> None:
+def log_trial(
+    recipe: Recipe,
+    parent: str,
+    name: str,
+    values: Mapping[str, Any],
+    record: Mapping[str, Any],
+    tags: Mapping[str, str],
+) -> None:
+    """Log a trial that ended as a run nested in its search's; once, however often it is called.
+
+    A finished trial has its summary figures, its held-out metrics over the steps, its rank map and its adapter.
+
+    Args:
+        recipe: of the trial.
+        parent: run id of the search.
+        name: of the trial, unique in the search.
+        values: what the search varied.
+        record: ``status`` (finished, stopped or failed), ``reason``, ``uri``, ``outcome`` and ``reports`` (held-out
+            metrics with their ``step``, of a trial that was stopped).
+        tags: of the run, beside git state.
+    """
+    from hyperlora.figures import rank_heat_map  # workers, which import this module, draw nothing
+
+    client, now = MlflowClient(recipe.mlflow.tracking_uri), int(time.time() * 1000)
+    experiment = client.get_run(parent).info.experiment_id
+    mine = f"tags.`mlflow.parentRunId` = '{parent}' AND tags.`hyperlora.trial` = '{name}'"
+    for earlier in client.search_runs([experiment], mine):
+        if earlier.info.status in ("FINISHED", "FAILED"):
+            return
+        client.delete_run(earlier.info.run_id)
+    every = {**tags, **git_state(), "mlflow.runName": name, "mlflow.parentRunId": parent, "hyperlora.trial": name}
+    every |= {"hyperlora.status": record["status"], "hyperlora.run_uri": record["uri"]}
+    if record["reason"]:
+        every["hyperlora.reason"] = str(record["reason"])[:VALUE]
+    run_id = client.create_run(experiment, tags=every).info.run_id
+    params = {**values, "seed": recipe.seed, "method": recipe.method}
+    client.log_batch(run_id, params=[Param(k, str(v)[:VALUE]) for k, v in params.items()])
+    outcome = record["outcome"]
+    reports = record["reports"] if outcome is None else outcome["evaluations"]
+    metrics = [Metric(k, float(v), now, int(r["step"])) for r in reports for k, v in r.items() if k != "step"]
+    if outcome is not None:
+        known = {k: v for k, v in outcome.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        metrics += [Metric(f"summary/{k}", float(v), now, int(outcome["steps"])) for k, v in known.items()]
+        client.log_figure(run_id, rank_heat_map(outcome), "rank_heat_map.png")
+        client.log_dict(run_id, {m["name"]: m["rank"] for m in outcome["modules"]}, "ranks.json")
+        _log_folder(client, run_id, outcome["adapter"], "adapter")
+    for first in range(0, len(metrics), BATCH):
+        client.log_batch(run_id, metrics=metrics[first : first + BATCH])
+    client.set_terminated(run_id, "FAILED" if record["status"] == "failed" else "FINISHED")
+
+
+def _log_folder(client: MlflowClient, run_id: str, uri: str, name: str) -> None:
+    """Files of a folder, wherever it is, as artifacts below ``name``."""
+    fs, root = storage.filesystem(uri)
+    with tempfile.TemporaryDirectory() as folder:
+        fs.get(f"{root}/", f"{folder}/", recursive=True)
+        client.log_artifacts(run_id, folder, name)
+
+
+def finish_search(
+    recipe: Recipe, run_id: str, metrics: Mapping[str, float], files: Sequence[Path], status: str = "FINISHED"
+) -> None:
+    """Log a search's own figures and files, and mark it."""
+    client, now = MlflowClient(recipe.mlflow.tracking_uri), int(time.time() * 1000)
+    client.log_batch(run_id, metrics=[Metric(key, float(value), now, 0) for key, value in metrics.items()])
+    for file in files:
+        client.log_artifact(run_id, str(file))
+    client.set_terminated(run_id, status)
+
+
+def check(recipe: Recipe) -> None:
     """Find out in seconds whether a database or server is there: MLflow itself tries for minutes.
 
     Raises:
-        RecipeError: it is not.
+        RecipeError: it is not, or it does not know the experiment and cannot.
     """
+    uri = recipe.mlflow.tracking_uri
+    _answers(uri)
+    try:
+        MlflowClient(uri).get_experiment_by_name(recipe.mlflow.experiment)
+    except (MlflowException, OSError, SQLAlchemyError) as error:
+        raise unreachable(uri, error) from error
+
+
+def _answers(uri: str) -> None:
+    """Raise RecipeError when nobody answers at a URI."""
     try:
         if uri.startswith("sqlite:///"):
             database = Path(uri.removeprefix("sqlite:///"))
@@ -192,15 +293,25 @@ def _artifact_location(uri: str) -> str | None:
 
 
 def resume(recipe: Recipe, run_id: str) -> None:
-    """Mark an interrupted run as running again."""
-    MlflowClient(recipe.mlflow.tracking_uri).update_run(run_id, status="RUNNING")
+    """Mark an interrupted run as running again; a server that is away is told nothing and misses no metric."""
+    _tell(run_id, lambda: MlflowClient(recipe.mlflow.tracking_uri).update_run(run_id, status="RUNNING"))
 
 
 def finish(recipe: Recipe, run_id: str, outcome: Mapping[str, Any]) -> None:
-    """Log summary figures and pictures of a finished run and mark it so."""
+    """Log summary figures and pictures of a finished run and mark it so; the run is finished without it, too."""
+    _tell(run_id, lambda: _finish(MlflowClient(recipe.mlflow.tracking_uri), run_id, outcome))
+
+
+def _tell(run_id: str, action: Callable[[], Any]) -> None:
+    try:
+        action()
+    except (MlflowException, OSError) as error:
+        logger.warning("MLflow run %s could not be updated: %s", run_id, str(error).splitlines()[0])
+
+
+def _finish(client: MlflowClient, run_id: str, outcome: Mapping[str, Any]) -> None:
     from hyperlora.figures import loss_curve, rank_heat_map  # workers, which import this module, draw nothing
 
-    client = MlflowClient(recipe.mlflow.tracking_uri)
     now, step = int(time.time() * 1000), int(outcome["steps"])
     known = {k: v for k, v in outcome.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     client.log_batch(run_id, metrics=[Metric(f"summary/{k}", float(v), now, step) for k, v in known.items()])
@@ -213,32 +324,33 @@ def finish(recipe: Recipe, run_id: str, outcome: Mapping[str, Any]) -> None:
 
 def fail(recipe: Recipe, run_id: str, status: str) -> None:
     """Mark a run as FAILED or KILLED; a server that is away does not hide the error that led here."""
-    try:
-        MlflowClient(recipe.mlflow.tracking_uri).set_terminated(run_id, status)
-    except (MlflowException, OSError) as error:
-        logger.warning("MLflow could not be told that run %s ended: %s", run_id, error)
+    _tell(run_id, lambda: MlflowClient(recipe.mlflow.tracking_uri).set_terminated(run_id, status))
 
 
 class MLflowSink:
     """Sends each step's metrics from a background thread, in order, many at a time.
 
-    After a resume the steps that the run already has are not sent again. While the server is away metrics wait here;
-    what cannot be delivered by the end is counted in a warning and does not end the training.
+    While the server is away metrics wait in a :class:`~hyperlora.spool.Spool`, from which they are delivered when it is
+    back, by this process or by the one that goes on with the run on this machine. Steps that the run or the queue
+    already has are not added again, and a metric that is sent twice is stored once: it keeps its time.
+
+    Args:
+        tracking_uri: server or database.
+        run_id: of a run that exists.
+        interval: seconds between deliveries.
     """
 
     def __init__(self, tracking_uri: str, run_id: str, interval: float = 2.0) -> None:
         self._client = MlflowClient(tracking_uri)
         self._run_id = run_id
         self._interval = interval
-        self._waiting: list[Metric] = []
-        self._tags: list[RunTag] = []
-        self._lock = threading.Lock()
+        self._spool = Spool(spool.folder() / f"mlflow-{run_id}.jsonl")
         self._closed = self._away = False
         self._wake = threading.Event()
-        self._done = {"loss": -1, "held_out_loss": -1}
-        for key in self._done:
-            history = self._client.get_metric_history(run_id, key)
-            self._done[key] = max((m.step for m in history), default=-1)
+        waiting = self._spool.first(len(self._spool))
+        #: Last step in the queue, and last step in the run once the server told it.
+        self._queued = {kind: max((r["step"] for r in waiting if r["kind"] == kind), default=-1) for kind in _SIGN}
+        self._sent: dict[str, int] | None = None
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -246,27 +358,24 @@ class MLflowSink:
         pass
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        if step > self._done["loss"]:
-            self._add(step, metrics)
+        self._add("step", step, metrics)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        if step > self._done["held_out_loss"]:
-            self._add(step, metrics)
+        self._add("evaluation", step, metrics)
 
     def warning(self, monitor: str, step: int, message: str) -> None:
-        with self._lock:
-            self._tags.append(RunTag(f"hyperlora.warning.{monitor}", f"step {step}: {message}"))
+        self._spool.add({"kind": "tag", "key": f"hyperlora.warning.{monitor}", "value": f"step {step}: {message}"})
 
-    def _add(self, step: int, metrics: dict[str, float]) -> None:
-        now = int(time.time() * 1000)
-        with self._lock:
-            self._waiting += [Metric(key, value, now, step) for key, value in metrics.items()]
+    def _add(self, kind: str, step: int, metrics: dict[str, float]) -> None:
+        if step > self._queued[kind]:
+            self._queued[kind] = step
+            self._spool.add({"kind": kind, "step": step, "time": int(time.time() * 1000), "metrics": metrics})
 
     def flush(self) -> None:
         """Wait until everything is delivered, unless the server is away."""
         deadline = time.monotonic() + PATIENCE
         self._wake.set()
-        while (self._waiting or self._tags) and not self._away and time.monotonic() < deadline:
+        while len(self._spool) and not self._away and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def close(self) -> None:
@@ -276,9 +385,10 @@ class MLflowSink:
         for wait in (0, 1, 3):
             time.sleep(wait)
             self._send()
-            if not (self._waiting or self._tags):
+            if not len(self._spool):
                 return
-        logger.warning("%d metrics of MLflow run %s could not be delivered", len(self._waiting), self._run_id)
+        self._spool.close()
+        logger.warning("%d records of MLflow run %s wait in %s", len(self._spool), self._run_id, self._spool.path)
 
     def _run(self) -> None:
         while not self._closed:
@@ -287,16 +397,23 @@ class MLflowSink:
             self._send()
 
     def _send(self) -> None:
-        while self._waiting or self._tags:
-            tags = list(self._tags)
-            batch = self._waiting[: BATCH - len(tags)]
-            try:
-                self._client.log_batch(self._run_id, metrics=batch, tags=tags)
-            except (MlflowException, OSError) as error:
-                if not self._away:
-                    logger.warning("MLflow is away, metrics wait for it: %s", str(error).splitlines()[0])
-                self._away = True
-                return
-            self._away = False
-            with self._lock:
-                del self._waiting[: len(batch)], self._tags[: len(tags)]
+        try:
+            while len(self._spool):
+                records = self._spool.first(RECORDS)
+                self._deliver(records)
+                self._away = False
+                self._spool.remove(len(records))
+        except (MlflowException, OSError) as error:
+            if not self._away:
+                logger.warning("MLflow is away, metrics wait for it: %s", str(error).splitlines()[0])
+            self._away = True
+
+    def _deliver(self, records: list[dict[str, Any]]) -> None:
+        if self._sent is None:
+            history = {kind: self._client.get_metric_history(self._run_id, key) for kind, key in _SIGN.items()}
+            self._sent = {kind: max((m.step for m in found), default=-1) for kind, found in history.items()}
+        tags = [RunTag(r["key"], r["value"]) for r in records if r["kind"] == "tag"]
+        new = [r for r in records if r["kind"] != "tag" and r["step"] > self._sent[r["kind"]]]
+        metrics = [Metric(key, value, r["time"], r["step"]) for r in new for key, value in r["metrics"].items()]
+        for first in range(0, max(1, len(metrics)), BATCH - len(tags)):
+            self._client.log_batch(self._run_id, metrics=metrics[first : first + BATCH - len(tags)], tags=tags)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
+import os
+import platform
+import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -15,16 +20,19 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from hyperlora import checkpoint
+from hyperlora import checkpoint, ownership, storage
 from hyperlora.adapters import build_model, load_tokenizer
 from hyperlora.baselines import SINGLE_WORKER, AdapterOptimizer, PeftAdaLoRA, UnequalLoRA
-from hyperlora.checkpoint import Checkpoint
+from hyperlora.checkpoint import Checkpoint, RefusedError
 from hyperlora.config import OptimizerConfig, Problem, Recipe, RecipeError, schedule_problems
 from hyperlora.eva import EVA_BATCHES, redistribute_ranks
-from hyperlora.export import adapter_files, plain_adapter, write_adapter
+from hyperlora.export import PlainAdapter, adapter_files, plain_adapter, write_adapter
 from hyperlora.monitors import Monitors, MonitorWarning
 from hyperlora.optimizer import HyperAdaLoRA
+from hyperlora.ownership import Lease
+from hyperlora.storage import patiently
 from hyperlora.tasks import Task, build_task
+from hyperlora.uploads import Outcome, Snapshot, Uploader
 from hyperlora.warm_start import WarmStart, read, start_from
 
 T = TypeVar("T")
@@ -32,6 +40,14 @@ T = TypeVar("T")
 
 class NonFiniteError(RuntimeError):
     """The loss or a gradient was not finite on some worker; the optimizer did not take the step."""
+
+
+class StoppedError(RuntimeError):
+    """The run was told to stop, and did so between two steps."""
+
+
+class NotStoredError(RuntimeError):
+    """The end of the run could not be written where it belongs."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +158,17 @@ class Tee:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Identity of a run: its folder as a URI, and its MLflow run."""
+    """Identity of a run.
+
+    Attributes:
+        uri: its folder, without a slash at the end.
+        mlflow_run_id: its MLflow run.
+        owner: the claim under which its folder is written, see ownership.py.
+    """
 
     uri: str
     mlflow_run_id: str | None = None
+    owner: str | None = None
 
 
 def derived_seed(*parts: object) -> int:
@@ -249,13 +272,16 @@ class Trainer:
         run: where the run lives.
         world: which worker this is.
         sink: where progress and metrics go.
+        stop: whether the run is to stop after the step at hand.
 
     Raises:
         RecipeError: the data or the model does not fit the recipe.
     """
 
-    def __init__(self, recipe: Recipe, run: RunInfo, world: World, sink: Sink) -> None:
-        self.recipe, self.run, self.world, self.sink = recipe, run, world, sink
+    def __init__(
+        self, recipe: Recipe, run: RunInfo, world: World, sink: Sink, stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.recipe, self.run, self.world, self.sink, self._stop = recipe, run, world, sink, stop
         if world.rank == 0:
             sink.phase("loading model and data")
         self.tokenizer = load_tokenizer(recipe.model)
@@ -290,6 +316,12 @@ class Trainer:
         self.training_seconds = 0.0
         self.tokens_seen = 0
         self.warm_start: dict[str, Any] | None = None
+        writer = None if run.owner is None else f"{ownership.number(run.owner):08d}-{secrets.token_hex(3)}"
+        self.uploads = Uploader(run.uri, writer, run.owner, recipe.training.keep_checkpoints)
+        self._committed: str | None = None
+        self._failing = False
+        self._checkpoint_metrics: dict[str, float] = {}
+        self._told_to_stop = False
 
     def _first_rows(self) -> list[int]:
         """Rows of the first training batches, in the order in which they will be trained on."""
@@ -327,6 +359,8 @@ class Trainer:
         lengths = self.task.held_out.with_format(None)["input_ids"]
         order = sorted(mine, key=lambda n: len(lengths[n]))
         for start in range(0, len(order), size):
+            if self.world.size == 1 and self._stop():
+                self._stop_here()
             rows = [self.task.held_out[n] for n in order[start : start + size]]
             sums += self.task.metric_sums(self.model, rows, self.world.device)
         self.model.train()
@@ -361,7 +395,8 @@ class Trainer:
             part_loss = self.task.loss_sum(self.model, batch) * (self.world.size / targets)
             part_loss.backward()
             loss = loss + part_loss.detach()
-        self.optimizer.step(metrics=loss.reshape(1))
+        # All workers stop after the same step, so the wish to travels with the gradients.
+        self.optimizer.step(metrics=torch.stack([loss, torch.full_like(loss, float(self._stop()))]))
         rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -384,7 +419,8 @@ class Trainer:
     def _stats(self) -> tuple[list[str], Tensor]:
         """Names and values (one tensor on the device) of what the optimizer saw in the last step."""
         stats = self.optimizer.stats
-        columns = {"loss": stats["metrics"][0], "grad_norm": stats["grad_norm"], "found_inf": stats["found_inf"]}
+        loss, stop = stats["metrics"]
+        columns = {"loss": loss, "stop": stop, "grad_norm": stats["grad_norm"], "found_inf": stats["found_inf"]}
         if "penalty" in stats:
             columns["penalty"] = stats["penalty"]
         if isinstance(self.optimizer, HyperAdaLoRA) and "importance" in stats:
@@ -405,10 +441,13 @@ class Trainer:
                 f"step {pending.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the step was not "
                 f"taken and the last checkpoint is kept; lower optimizer.lr (now {self.recipe.optimizer.lr})"
             )
+        self._told_to_stop |= metrics.pop("stop") > 0
         self.losses.append(metrics["loss"])
         statistics, warnings = self.monitors.step(pending.step, metrics["loss"], metrics["grad_norm"])
         if self.world.rank == 0:
-            self.sink.step(pending.step, metrics | statistics)
+            self._take_in(self.uploads.finished())
+            self.sink.step(pending.step, metrics | statistics | self._checkpoint_metrics)
+            self._checkpoint_metrics = {}
         self._warn(warnings)
 
     def _warn(self, warnings: list[MonitorWarning]) -> None:
@@ -419,15 +458,24 @@ class Trainer:
     # ---------------------------------------------------------------- the run
 
     def fit(self) -> dict[str, Any]:
-        """Train from the present step to the end; returns the outcome (JSON types) on every worker."""
+        """Train from the present step to the end; returns the outcome (JSON types) on every worker.
+
+        Raises:
+            NonFiniteError: a loss or gradient was not finite.
+            StoppedError: the run was told to stop.
+            ReplacedError: another process took over the run's folder.
+            NotStoredError: the end of the run could not be written.
+        """
         t, rank0 = self.recipe.training, self.world.rank == 0
         started = time.perf_counter()
-        if self.step == 0 and t.eval_before:
+        if self.step == 0 and t.eval_before and not self._evaluated():
             if rank0:
                 self.sink.phase("evaluating the base model")
             self.evaluate()
         if rank0:
             self.sink.phase("training")
+        if 0 < self.step < self.total_steps and self._due(t.eval_every) and not self._evaluated():
+            self.evaluate()  # the run was stopped after this step, before it came to that
         batches = global_batches(len(self.task.train), t.batch_size, self.recipe.seed, self.step)
         waiting: PendingMetrics | None = None
         while self.step < self.total_steps:
@@ -436,34 +484,87 @@ class Trainer:
                 self.report(waiting)
             waiting = newest
             last = self.step == self.total_steps
-            evaluates = not last and bool(t.eval_every) and self.step % (t.eval_every or 1) == 0
-            saves = not last and bool(t.checkpoint_every) and self.step % (t.checkpoint_every or 1) == 0
+            evaluates = not last and self._due(t.eval_every)
+            saves = not last and self._due(t.checkpoint_every)
             # On a GPU metrics are read one step late, so that the host never waits for the step at hand.
-            if waiting is not None and (last or evaluates or saves or self.world.device.type == "cpu"):
+            if waiting is not None and (
+                last or evaluates or saves or self._told_to_stop or self.world.device.type == "cpu"
+            ):
                 self.report(waiting)
                 waiting = None
+            if self._told_to_stop:
+                self._stop_here()
             if evaluates:
                 self.evaluate()
             if saves:
-                self.save()
-        if rank0:
-            self.sink.phase("evaluating")
-        self.evaluate()
+                self.checkpoint()
+        if not self._evaluated():
+            if rank0:
+                self.sink.phase("evaluating")
+            self.evaluate()
         if rank0:
             self.sink.phase("saving adapter and checkpoint")
         return self.finish(time.perf_counter() - started)
 
-    def finish(self, seconds: float) -> dict[str, Any]:
-        """Write the last checkpoint, the adapter and ``result.json``; returns the outcome."""
-        uri = self.save()
-        adapter = f"{self.run.uri.rstrip('/')}/adapter"
-        outcome = self.outcome(uri, adapter, seconds)
+    def _evaluated(self) -> bool:
+        return bool(self.evaluations) and self.evaluations[-1]["step"] == self.step
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _stop_here(self) -> None:
+        """Save the step at hand and stop.
+
+        Raises:
+            StoppedError: always; says what was saved.
+        """
+        where = "nothing was saved by this worker"
         if self.world.rank == 0:
-            write_adapter(adapter, plain_adapter(self.model, self.optimizer), self.recipe, outcome)
-            checkpoint.replace_file(self.run.uri, "result.json", checkpoint.pack_json(outcome))
+            self.sink.phase("told to stop: saving a checkpoint")
+            self.uploads.submit(self._snapshot(self.recipe.storage.retry_seconds))
+            self._take_in(self.uploads.drain())
+            where = f"the last checkpoint is {self._committed}" if self._committed else "there is no checkpoint yet"
+        raise StoppedError(f"told to stop after step {self.step} of {self.total_steps}; {where}; --resume goes on")
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Write the last checkpoint, the adapter and ``result.json``; returns the outcome.
+
+        Raises:
+            NotStoredError: something could not be written; names the local copy of everything.
+        """
+        adapter_uri = f"{self.run.uri}/adapter"
+        if self.world.rank != 0:
+            return self.outcome(None, adapter_uri, seconds)
+        patience = self.recipe.storage.final_retry_seconds
+        snapshot = self._snapshot(patience)
+        adapter = plain_adapter(self.model, self.optimizer)
+        try:
+            uri = self._commit(snapshot)
+            outcome = self.outcome(uri, adapter_uri, seconds) | {"adapter_parameters_final": adapter.parameters}
+            if self.run.owner is not None:
+                ownership.check(self.run.uri, self.run.owner)
+            write_adapter(adapter_uri, adapter, self.recipe, outcome, patience)
+            result = storage.pack_json(outcome)
+            patiently(storage.write, f"{self.run.uri}/result.json", result, patience=patience)
+        except OSError as error:
+            raise NotStoredError(self._keep_here(snapshot, adapter, seconds, error)) from error
         return outcome
 
-    def outcome(self, checkpoint_uri: str, adapter: str, seconds: float) -> dict[str, Any]:
+    def _keep_here(self, snapshot: Snapshot, adapter: PlainAdapter, seconds: float, error: OSError) -> str:
+        """Write what the store did not take into a folder of this machine; returns what to tell the user."""
+        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+        folder = f"{base}/hyperlora/{self.run.uri.rsplit('/', 1)[1]}"
+        try:
+            uri = checkpoint.write(folder, snapshot.step, snapshot.files(), writer=f"00000000-{secrets.token_hex(3)}")
+            write_adapter(f"{folder}/adapter", adapter, self.recipe, self.outcome(uri, f"{folder}/adapter", seconds))
+        except OSError as worse:
+            return f"the end of the run was lost: {error}; and no local copy could be kept: {worse}"
+        return (
+            f"the end of the run could not be stored ({error}); a local copy of checkpoint and adapter is kept in "
+            f"{folder} on {platform.node()}; the newest checkpoint in the store: {self._committed or 'none'}"
+        )
+
+    def outcome(self, checkpoint_uri: str | None, adapter: str, seconds: float) -> dict[str, Any]:
         first, last = self.evaluations[0], self.evaluations[-1]
         before = first if first["step"] == 0 else {}
         modules = self.optimizer.layout.modules
@@ -513,38 +614,92 @@ class Trainer:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def save(self) -> str:
-        """Write a checkpoint from worker 0; returns its URI on every worker."""
-        uri = f"{self.run.uri.rstrip('/')}/checkpoints/step-{self.step:08d}"
-        if self.world.rank == 0:
-            state = self.optimizer.state_dict()
-            tensors = {f"optimizer.{k}": v for k, v in state.pop("state").items()}
-            tensors |= {f"model.{n}": p.detach() for n, p in self.trained.items()}
-            trainer = {
-                "step": self.step,
-                "total_steps": self.total_steps,
-                "data": {"seed": self.recipe.seed, "rows": len(self.task.train), "next_batch": self.step},
-                "rng": "every step seeds the generator with (recipe.seed, step, worker)",
-                "optimizer": state,
-                "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
-                "losses": self.losses,
-                "step_seconds": self.step_seconds,
-                "metric": self.task.metric,
-                "labels": list(self.task.labels),
-                "evaluations": self.evaluations,
-                "rank_history": self.rank_history,
-                "monitors": self.monitors.state_dict(),
-                "warm_start": self.warm_start,
-                "training_seconds": self.training_seconds,
-                "tokens_seen": self.tokens_seen,
-                "run": asdict(self.run),
-                "recipe": self.recipe.model_dump(mode="json"),
-            }
-            files = adapter_files(plain_adapter(self.model, self.optimizer))
-            self.sink.flush()
-            checkpoint.save(self.run.uri, self.step, tensors, trainer, files)
-            checkpoint.prune_old(self.run.uri, self.recipe.training.keep_checkpoints)
-        return uri
+    def checkpoint(self) -> None:
+        """Have worker 0 write a checkpoint of the step at hand while training goes on."""
+        if self.world.rank != 0:
+            return
+        started = time.perf_counter()
+        self.uploads.submit(self._snapshot(self.recipe.storage.retry_seconds))
+        self._checkpoint_metrics["checkpoint/stall_seconds"] = time.perf_counter() - started
+
+    def save(self) -> str | None:
+        """Write a checkpoint from worker 0 and wait for it; returns its URI there.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        return self._commit(self._snapshot(self.recipe.storage.retry_seconds)) if self.world.rank == 0 else None
+
+    def _commit(self, snapshot: Snapshot) -> str:
+        self.uploads.submit(snapshot)
+        outcomes = self.uploads.drain()
+        last = outcomes[-1]
+        if last.uri is None:
+            self._take_in(outcomes[:-1])
+            assert last.error is not None
+            raise last.error
+        self._take_in(outcomes)
+        return last.uri
+
+    def _snapshot(self, patience: float) -> Snapshot:
+        """The state as it is now, copied to the host; packing and hashing are left to the upload."""
+        state = self.optimizer.state_dict()
+        tensors = {f"optimizer.{k}": v for k, v in state.pop("state").items()}
+        tensors |= {f"model.{n}": p for n, p in self.trained.items()}
+        copies = {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}
+        trainer = {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "data": {"seed": self.recipe.seed, "rows": len(self.task.train), "next_batch": self.step},
+            "rng": "every step seeds the generator with (recipe.seed, step, worker)",
+            "optimizer": copy.deepcopy(state),
+            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+            "losses": list(self.losses),
+            "step_seconds": list(self.step_seconds),
+            "metric": self.task.metric,
+            "labels": list(self.task.labels),
+            "evaluations": list(self.evaluations),
+            "rank_history": list(self.rank_history),
+            "monitors": copy.deepcopy(self.monitors.state_dict()),
+            "warm_start": self.warm_start,
+            "training_seconds": self.training_seconds,
+            "tokens_seen": self.tokens_seen,
+            "run": asdict(self.run),
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+        adapter = plain_adapter(self.model, self.optimizer)
+        self.sink.flush()
+        return Snapshot(self.step, lambda: checkpoint.content(copies, trainer, adapter_files(adapter)), patience)
+
+    def _take_in(self, outcomes: list[Outcome]) -> None:
+        """Tell of checkpoints that were written, and once of the first that was not."""
+        for outcome in outcomes:
+            if outcome.uri is not None:
+                self._committed, self._failing = outcome.uri, False
+                self._checkpoint_metrics["checkpoint/committed_step"] = outcome.step
+                self._checkpoint_metrics["checkpoint/upload_seconds"] = outcome.seconds
+                self._checkpoint_metrics["checkpoint/bytes"] = outcome.bytes
+                continue
+            self._checkpoint_metrics["checkpoint/failed_step"] = outcome.step
+            if not self._failing:
+                self._failing = True
+                last = f"the last one is {self._committed}" if self._committed else "there is none yet"
+                self._tell(
+                    outcome.step,
+                    f"the checkpoint of step {outcome.step} was not written, tried for {outcome.seconds:.0f} s "
+                    f"({outcome.error}); training goes on, the next one tries again; {last}",
+                )
+
+    def refused(self, checkpoints: list[RefusedError]) -> None:
+        """Tell of newer checkpoints than the one that was taken up, and why they were not."""
+        self.uploads.refused = {error.uri for error in checkpoints}
+        reasons = "; ".join(map(str, checkpoints))
+        self._tell(self.step, f"refused: {reasons}; going on from step {self.step}")
+
+    def _tell(self, step: int, message: str) -> None:
+        warning = MonitorWarning("checkpoint", step, 0.0, message)
+        self.monitors.warnings.append(warning)
+        self._warn([warning])
 
     def restore(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint of the same recipe.
@@ -566,7 +721,7 @@ class Trainer:
                 parameter.copy_(saved.tensors[f"model.{name}"])
         lambdas = [None] * len(self.optimizer.param_groups)  # functions are no state; None keeps this run's
         self.scheduler.load_state_dict({**trainer["scheduler"], "lr_lambdas": lambdas})
-        self.step = trainer["step"]
+        self.step, self._committed = trainer["step"], saved.uri
         self.losses = list(trainer["losses"])
         self.step_seconds = list(trainer["step_seconds"])
         self.evaluations = list(trainer["evaluations"])
@@ -577,19 +732,70 @@ class Trainer:
         self.tokens_seen = trainer["tokens_seen"]
 
 
-def train(recipe: Recipe, run: RunInfo, world: World | None = None, sink: Sink | None = None) -> dict[str, Any]:
-    """Run a recipe, going on from the newest good checkpoint of the run if it has one; returns the outcome."""
+def train(
+    recipe: Recipe,
+    run: RunInfo,
+    world: World | None = None,
+    sink: Sink | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Run a recipe, going on from the newest good checkpoint of the run if it has one; returns the outcome.
+
+    Args:
+        recipe: a valid recipe.
+        run: where the run lives; without an owner its folder is claimed here.
+        world: which worker this is.
+        sink: where progress and metrics go.
+        stop: whether the run is to stop after the step at hand, with a checkpoint.
+
+    Raises:
+        RecipeError: the data or the model does not fit the recipe, or no checkpoint of the run verifies.
+        OwnedElsewhereError: another process has claimed the run's folder.
+        RuntimeError: as :meth:`Trainer.fit`.
+        StorageError: the store does not answer at the start.
+    """
     world, sink = world or World(), sink or Silent()
+    lease: Lease | None = None
     try:
-        trainer = Trainer(recipe, run, world, sink)
-        saved, refused = checkpoint.load_latest(run.uri)
-        if saved is None and refused:
-            raise ValueError("no checkpoint of this run verifies: " + "; ".join(refused))
-        if saved is not None:
-            trainer.restore(saved)
-        else:
-            trainer.start()
-        return trainer.fit()
+        if run.owner is None and world.rank == 0:
+            lease = Lease(run.uri)
+            run = replace(run, owner=lease.owner)
+        trainer = Trainer(recipe, run, world, sink, stop)
+        try:
+            _resume(trainer)
+            return trainer.fit()
+        finally:
+            trainer.uploads.close()
     finally:
+        if lease is not None:
+            lease.release()
         if world.rank == 0:
             sink.close()
+
+
+def _resume(trainer: Trainer) -> None:
+    """Take up the newest checkpoint that verifies, on all workers the one that worker 0 found, or start anew.
+
+    Raises:
+        RecipeError: there are checkpoints, and none verifies; or the start does not fit.
+    """
+    run = trainer.run
+    saved: Checkpoint | None = None
+
+    def newest() -> tuple[str | None, list[RefusedError]]:
+        nonlocal saved
+        if run.owner is not None:
+            ownership.check(run.uri, run.owner)
+        saved, refused = checkpoint.load_latest(run.uri)
+        if saved is None and refused:
+            reasons = "; ".join(map(str, refused))
+            raise RecipeError([Problem("--resume", run.uri, f"no checkpoint of this run verifies: {reasons}")])
+        return None if saved is None else saved.uri, refused
+
+    uri, refused = trainer.world.first(newest)
+    if uri is None:
+        trainer.start()
+        return
+    trainer.restore(checkpoint.load(uri) if saved is None else saved)
+    if refused:
+        trainer.refused(refused)

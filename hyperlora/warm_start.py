@@ -11,17 +11,18 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hyperlora import checkpoint
-from hyperlora.checkpoint import COMMIT, Checkpoint
+from hyperlora.checkpoint import Checkpoint
 from hyperlora.config import Problem, RecipeError
 from hyperlora.hypernetworks import Freeze, HypernetworkSpec
 from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.update_rules import GeneratedFactors
 
 FIELD = "hypernetwork.init_from"
-#: What a finished trial keeps of its last checkpoint: a folder in the same form, with the networks alone.
+#: What a finished trial keeps of its last checkpoint: a folder like a run's, with one checkpoint of the networks alone.
 KEPT = "hypernetworks"
 PREFIX = "hypernetwork."
 NETWORKS = {"p": "H_P", "lam": "H_Λ", "q": "H_Q"}
@@ -87,24 +88,25 @@ def read(uri: str) -> Source:
     """
     try:
         saved = _newest(uri.rstrip("/"))
-    except (OSError, ValueError, ImportError) as error:
+        state = {n.removeprefix("optimizer."): t for n, t in saved.tensors.items() if n.startswith("optimizer.")}
+        return _source(uri, saved.uri, {**saved.trainer["optimizer"], "state": state})
+    except RecipeError:
+        raise
+    except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         allowed = f"a run, checkpoint or trial folder with a whole checkpoint ({error})"
         raise RecipeError([Problem(FIELD, uri, allowed)]) from error
-    state = {n.removeprefix("optimizer."): t for n, t in saved.tensors.items() if n.startswith("optimizer.")}
-    return _source(uri, saved.uri, {**saved.trainer["optimizer"], "state": state})
 
 
 def _newest(uri: str) -> Checkpoint:
-    fs, root = checkpoint.filesystem(uri)
-    fs.invalidate_cache()
-    if fs.exists(f"{root}/{COMMIT}"):
+    if checkpoint.FOLDER.match(uri.rsplit("/", 1)[-1]):
         return checkpoint.load(uri)
-    saved, refused = checkpoint.load_latest(uri)
-    if saved is not None:
-        return saved
-    if not refused and fs.exists(f"{root}/{KEPT}/{COMMIT}"):
-        return checkpoint.load(f"{uri}/{KEPT}")
-    raise ValueError("; ".join(refused) or f"{uri} has none")
+    for run in (uri, f"{uri}/{KEPT}"):
+        saved, refused = checkpoint.load_latest(run)
+        if saved is not None:
+            return saved
+        if refused:
+            raise ValueError("; ".join(map(str, refused)))
+    raise ValueError(f"{uri} has none")
 
 
 def _source(value: str, name: str, state_dict: Mapping[str, Any]) -> Source:
@@ -125,7 +127,8 @@ def keep_networks(run_uri: str) -> None:
     tensors = {n: t for n, t in saved.tensors.items() if n.startswith(f"optimizer.{PREFIX}")}
     kept = {key: saved.trainer["optimizer"][key] for key in ("method", "steps_done", "hypernetwork")}
     trainer = {"optimizer": kept, "recipe": saved.trainer["recipe"]}
-    checkpoint.write(f"{run_uri.rstrip('/')}/{KEPT}", saved.trainer["step"], tensors, trainer, {})
+    files = checkpoint.content(tensors, trainer, {})
+    checkpoint.write(f"{run_uri.rstrip('/')}/{KEPT}", saved.trainer["step"], files)
 
 
 def start_from(

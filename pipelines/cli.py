@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -46,6 +47,62 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", metavar="DIR", help="default: compare-RECIPE in the recipe's storage.uri")
     compare.add_argument("--dry-run", action="store_true", help="validate, print the plan, stop")
 
+    study = add("study", "Run a designed experiment over a search space, with repeats, and say which knob matters.")
+    study.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe (hyperlora recipes) or a YAML file")
+    study.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change the recipe for all trials")
+    study.add_argument("--space", default="pruning", metavar="SPACE", help="a shipped space, a YAML or a Python file")
+    study.add_argument("--seeds", default="3", metavar="N", help="repeats of every point (default: 3)")
+    study.add_argument(
+        "--design", default="fraction", metavar="DESIGN", help="grid, fraction (of the grid; default) or sobol"
+    )
+    study.add_argument("--points", default="20", metavar="N", help="of fraction and sobol (default: 20)")
+    study.add_argument("--metric", metavar="NAME", help="the task's (default), or held_out_loss")
+    study.add_argument(
+        "--lora-lrs",
+        default="1e-3,2e-3,4e-3,8e-3,1.6e-2",
+        metavar="LR,LR",
+        help="that uniform LoRA tries first; none: it does not run",
+    )
+    study.add_argument("--concurrency", default="2", metavar="N", help="trials at a time (default: 2)")
+    study.add_argument("--out", metavar="DIR", help="default: study-RECIPE-SPACE in the recipe's storage.uri")
+    study.add_argument("--dry-run", action="store_true", help="validate, print plan and cost, stop")
+
+    tune = add("tune", "Search a space for the best setting, with early stopping.")
+    tune.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe (hyperlora recipes) or a YAML file")
+    tune.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change the recipe for all trials")
+    tune.add_argument("--space", default="joint", metavar="SPACE", help="a shipped space, a YAML or a Python file")
+    tune.add_argument("--trials", default="50", metavar="N", help="in all (default: 50)")
+    tune.add_argument("--sampler", default="tpe", metavar="NAME", help="tpe (default), random or grid")
+    tune.add_argument("--metric", metavar="NAME", help="to be searched for: the task's (default), or held_out_loss")
+    tune.add_argument(
+        "--objectives", default="metric", metavar="A,B", help="metric, rank, seconds; several: no early stopping"
+    )
+    tune.add_argument(
+        "--stop-on", default="held_out_loss", metavar="NAME", help="metric of early stopping (held_out_loss), or none"
+    )
+    tune.add_argument("--evaluations", default="8", metavar="N", help="of a whole trial, if the recipe says nothing")
+    tune.add_argument("--seed", default="1", metavar="N", help="of the sampler (default: 1)")
+    tune.add_argument("--workers", default="1", metavar="N", help="of one trial (default: 1, in its process)")
+    tune.add_argument("--concurrency", metavar="N", help="trials at a time, at most (default: as the cluster holds)")
+    tune.add_argument("--out", metavar="DIR", help="default: tune-RECIPE-SPACE in the recipe's storage.uri")
+    tune.add_argument("--dry-run", action="store_true", help="validate, print plan and cost, stop")
+
+    register = add("register", "Register the best adapter of a run, study or search in MLflow's model registry.")
+    register.add_argument("source", metavar="STUDY_OR_RUN", help="folder or URI of a run, study or search")
+    register.add_argument("--name", required=True, metavar="NAME", help="of the registered model")
+    register.add_argument("--metric", metavar="NAME", help="default: the study's or search's own, or the task's")
+    register.add_argument(
+        "--non-inferior", metavar="MARGIN", help="take the smallest adapter whose metric is at most this much worse"
+    )
+    register.add_argument("--tracking-uri", metavar="URI", help="of MLflow (default: the recipe's)")
+
+    pull = add("pull", "Write a registered adapter into a folder, as plain PEFT loads it.")
+    pull.add_argument("model", metavar="MODEL", help="models:/NAME@champion, another alias, or models:/NAME/VERSION")
+    pull.add_argument("folder", metavar="DIR", help="new folder or URI")
+    pull.add_argument(
+        "--tracking-uri", metavar="URI", help="of MLflow (default: MLFLOW_TRACKING_URI, or mlflow.db here)"
+    )
+
     add("recipes", "List the recipes that ship with the package.")
 
     export = add("export", "Write the adapter of a run or checkpoint as a plain PEFT LoRA folder.")
@@ -68,14 +125,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; bad input ends with status 2 and all that is wrong with it, an interruption with 130."""
+    """Run a command; bad input ends with status 2 and all that is wrong, Ctrl-C with 130, SIGTERM with 143."""
     args = parse_arguments(argv)
     console = Console()
     _quiet(args.verbose)
     from hyperlora.config import RecipeError
-    from hyperlora.training import NonFiniteError
+    from hyperlora.storage import StorageError
+    from hyperlora.training import NonFiniteError, StoppedError
+    from pipelines.common import check_json
 
     try:
+        check_json(args.json)
         if args.command == "train":
             from pipelines import train
 
@@ -84,14 +144,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pipelines import compare
 
             return compare.main(args, console)
+        if args.command == "study":
+            from pipelines import study
+
+            return study.main(args, console)
+        if args.command == "tune":
+            from pipelines import tune
+
+            return tune.main(args, console)
         if args.command == "export":
             from pipelines import export
 
             return export.main(args, console)
+        if args.command in ("register", "pull"):
+            from pipelines import register
+
+            return (register.main if args.command == "register" else register.pull)(args, console)
         return recipes(args, console)
     except RecipeError as error:
         _complain(str(error))
         return 2
+    except StoppedError as error:
+        _complain(str(error))
+        return 128 + signal.SIGTERM
+    except StorageError as error:
+        if args.verbose:
+            raise
+        _complain(f"the store does not answer: {error}")
+        return 1
     except (NonFiniteError, RuntimeError) as error:
         if args.verbose:
             raise

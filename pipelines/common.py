@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hyperlora import storage
 from hyperlora.config import Problem, Recipe, RecipeError, apply_overrides, parse, read_yaml
+from hyperlora.storage import patiently
+
+#: Seeds, trials at a time: more is a typing error.
+MOST = 1000
 
 
 def shipped(kind: str = "recipes") -> dict[str, Path]:
@@ -24,9 +33,88 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
         RecipeError: with everything that is wrong with it.
     """
     path = shipped().get(name, Path(name))
-    if not path.is_file():
+    if not is_file(path):
         raise RecipeError([Problem("RECIPE", name, f"a YAML file or one of: {', '.join(shipped())}")])
     return parse(apply_overrides(read_yaml(path), overrides))
+
+
+def is_file(path: Path) -> bool:
+    """Whether a name that somebody typed is a file; it may be too long, or hold what no name can."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def check_json(path: str | None) -> None:
+    """Find out before a command runs whether its summary can be written, without writing it.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    if path is None:
+        return
+    target = Path(path).absolute()
+    try:
+        folder = next(p for p in target.parents if p.exists())
+        good = folder.is_dir() and not target.is_dir() and os.access(target if target.exists() else folder, os.W_OK)
+    except (OSError, ValueError):  # too long a name, or a character that no name has
+        good = False
+    if not good:
+        raise RecipeError([Problem("--json", path, "a writable file")])
+
+
+def alone(recipe: Recipe) -> Recipe:
+    """The recipe as a trial runs it: one process, without a tracking run of its own, from any working directory."""
+    changes = {
+        "ray": recipe.ray.model_copy(update={"backend": "local", "num_workers": 1}),
+        "mlflow": recipe.mlflow.model_copy(update={"enabled": False}),
+    }
+    return recipe.with_absolute_paths().model_copy(update=changes)
+
+
+def number(option: str, text: str, kind: type, allowed: str, problems: list[Problem]) -> Any:
+    """A number above 0, at most :data:`MOST`, from the command line; what is none goes to ``problems``."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not (math.isfinite(value) and 0 < value <= MOST):
+        problems.append(Problem(option, text, allowed))
+        value = 0
+    return value
+
+
+@contextmanager
+def owned(out: Path, what: str) -> Iterator[None]:
+    """The folder of a search, for this command alone.
+
+    Raises:
+        RecipeError: it cannot be written, or another command is at work in it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise RecipeError([Problem("--out", str(out), f"a writable folder ({error.strerror})")]) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError([Problem("--out", str(out), f"a folder in which no other {what} runs now")]) from None
+        yield
+
+
+def check_new_folder(name: str, uri: str) -> None:
+    """Find out whether files can be put into a folder without meeting others.
+
+    Raises:
+        RecipeError: it has files, or is one.
+        StorageError: the store does not answer.
+    """
+    file = storage.is_local(uri) and Path(storage.filesystem(uri)[1]).is_file()
+    if file or patiently(storage.tree, uri):
+        raise RecipeError([Problem(name, uri, "a new or an empty folder")])
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -6,9 +6,7 @@ OUT/comparison.json, comparison.html   the result, also while trials are missing
 
 from __future__ import annotations
 
-import fcntl
 import json
-import math
 import shlex
 import time
 from argparse import Namespace
@@ -21,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from hyperlora import tracking
+from hyperlora import tracking, uris
 from hyperlora.comparison import analyse, final_loss
 from hyperlora.config import Problem, Recipe, RecipeError
 from hyperlora.field import Contestant, Entry, planned, rate, read_field, resolve
@@ -29,7 +27,7 @@ from hyperlora.preflight import Estimate, inspect
 from hyperlora.report import comparison_page
 from hyperlora.search import Result, Trial, run
 from pipelines import screens
-from pipelines.common import load_recipe, replace_text, shipped, write_json
+from pipelines.common import MOST, alone, is_file, load_recipe, number, owned, replace_text, shipped, write_json
 from pipelines.progress import TrialsProgress
 
 SELECTION = (
@@ -110,7 +108,7 @@ def main(args: Namespace, console: Console) -> int:
         sizes = {name: e.to_json() for name, e in estimates.items()}
         write_json(args.json, {**plan, "out": str(comparison.out), "estimates": sizes})
         return 0
-    with _owned(comparison.out), _tracked(comparison, plan) as log:
+    with owned(comparison.out, "comparison"), _tracked(comparison, plan) as log:
         result = _run(comparison, plan, console, args.verbose)
         if result["complete"]:
             log(result)
@@ -137,7 +135,7 @@ def _resolve(args: Namespace) -> Comparison:
         problems += error.problems
     fields = shipped("fields")
     path = fields.get(args.field, Path(args.field))
-    if not path.is_file():
+    if not is_file(path):
         problems.append(Problem("--field", args.field, f"a YAML file or one of: {', '.join(fields)}"))
     else:
         try:
@@ -148,11 +146,13 @@ def _resolve(args: Namespace) -> Comparison:
     if recipe is not None and field is not None:
         only = [name.strip() for name in args.only.split(",") if name.strip()]
         try:
-            contestants = resolve(field, _alone(recipe), only)
+            contestants = resolve(field, alone(recipe), only)
         except RecipeError as error:
             problems += error.problems
     if recipe is not None and args.out is None and "://" in recipe.storage.uri:
         problems.append(Problem("--out", None, f"a local folder: storage.uri is {recipe.storage.uri}"))
+    if args.out is not None and ("://" in args.out or not args.out.strip()):
+        problems.append(Problem("--out", uris.redacted(args.out), "a local folder"))
     if problems:
         raise RecipeError(problems)
     assert recipe is not None
@@ -164,29 +164,13 @@ def _resolve(args: Namespace) -> Comparison:
 
 def _options(args: Namespace, problems: list[Problem]) -> tuple[list[float], list[int], int]:
     """Learning rates, reported seeds and trials at a time."""
-
-    def number(option: str, text: str, kind: type, allowed: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not (math.isfinite(value) and value > 0):
-            problems.append(Problem(option, text, allowed))
-        return value
-
-    rates = {rate(number("--lrs", text, float, "learning rates above 0")) for text in args.lrs.split(",")}
-    seeds = number("--seeds", args.seeds, int, "a whole number of seeds, at least 1")
-    concurrency = number("--concurrency", args.concurrency, int, "a whole number of trials, at least 1")
-    return sorted(rates), list(range(1, seeds + 1)), concurrency
-
-
-def _alone(recipe: Recipe) -> Recipe:
-    """The recipe as a trial runs it: one process, without a tracking run of its own, from any working directory."""
-    alone = {
-        "ray": recipe.ray.model_copy(update={"backend": "local", "num_workers": 1}),
-        "mlflow": recipe.mlflow.model_copy(update={"enabled": False}),
+    rates = {
+        rate(number("--lrs", text, float, f"learning rates above 0, separated by commas, at most {MOST}", problems))
+        for text in args.lrs.split(",")
     }
-    return recipe.with_absolute_paths().model_copy(update=alone)
+    seeds = number("--seeds", args.seeds, int, f"a whole number of seeds, 1 to {MOST}", problems)
+    concurrency = number("--concurrency", args.concurrency, int, f"a whole number of trials, 1 to {MOST}", problems)
+    return sorted(rates), list(range(1, seeds + 1)), concurrency
 
 
 def _command(args: Namespace) -> str:
@@ -226,26 +210,6 @@ def _inspect(contestants: Sequence[Contestant]) -> dict[str, Estimate]:
 
 
 @contextmanager
-def _owned(out: Path) -> Iterator[None]:
-    """The folder, for this command alone.
-
-    Raises:
-        RecipeError: it cannot be written, or another command is at work in it.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise RecipeError([Problem("--out", str(out), f"a writable folder ({error.strerror})")]) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RecipeError([Problem("--out", str(out), "a folder in which no other comparison runs now")]) from None
-        yield
-
-
-@contextmanager
 def _tracked(comparison: Comparison, plan: Mapping[str, Any]) -> Iterator[Any]:
     """The comparison's MLflow run, if there is to be one; yields what logs the finished result to it."""
     recipe, out = comparison.recipe, comparison.out
@@ -253,7 +217,7 @@ def _tracked(comparison: Comparison, plan: Mapping[str, Any]) -> Iterator[Any]:
         yield lambda result: None
         return
     params = {k: plan[k] for k in ("command", "baseline", "steps", "lrs", "seeds", "selection")}
-    run_id = tracking.start_comparison(recipe, str(out), f"compare-{plan['name']}", params)
+    run_id = tracking.start_search(recipe, str(out), f"compare-{plan['name']}", params, "comparison")
     files = [out / "comparison.json", out / "comparison.html"]
     try:
         yield lambda result: tracking.finish_comparison(recipe, run_id, result, files)
@@ -281,7 +245,7 @@ def _run(comparison: Comparison, plan: Mapping[str, Any], console: Console, verb
 
     results = run(
         lambda known: comparison.wanted(known)[0],
-        _alone(comparison.recipe),
+        alone(comparison.recipe),
         comparison.concurrency,
         started=started,
         verbose=verbose,

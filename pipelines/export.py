@@ -5,27 +5,36 @@ from __future__ import annotations
 from argparse import Namespace
 
 from rich.console import Console
+from safetensors import SafetensorError
 
-from hyperlora import checkpoint, export, runs
-from hyperlora.config import Problem, RecipeError, parse
-from pipelines.common import write_json
+from hyperlora import checkpoint, export, runs, storage, uris
+from hyperlora.config import Problem, Recipe, RecipeError, parse
+from hyperlora.storage import patiently
+from pipelines.common import check_new_folder, write_json
 
 
 def main(args: Namespace, console: Console) -> int:
     """Write the adapter; returns the exit status."""
+    wrong = [
+        Problem(name, uris.redacted(uri), allowed)
+        for name, uri in (("RUN_OR_CHECKPOINT", args.source), ("DIR", args.folder))
+        if (allowed := uris.problem(uri)) is not None
+    ]
+    if wrong:
+        raise RecipeError(wrong)
     saved = find(runs.absolute(args.source))
     target = runs.absolute(args.folder)
-    fs, root = checkpoint.filesystem(target)
-    if fs.exists(root) and fs.ls(root):
-        raise RecipeError([Problem("DIR", target, "a new or an empty folder")])
-    adapter = export.from_checkpoint(saved)
-    recipe = parse(saved.trainer["recipe"])
+    check_new_folder("DIR", target)
+    adapter, recipe = _contents(saved)
     if args.uniform_rank:
         try:
             adapter = adapter.padded()
         except ValueError as error:
             raise RecipeError([Problem("--uniform-rank", args.source, str(error))]) from error
-    export.write_adapter(target, adapter, recipe, export.card_facts(saved.trainer))
+    try:
+        export.write_adapter(target, adapter, recipe, export.card_facts(saved.trainer))
+    except OSError as error:
+        raise RecipeError([Problem("DIR", target, f"a folder that can be written ({error})")]) from error
     ranks = {name: a.shape[0] for name, (a, _) in adapter.pairs.items()}
     summary = {
         "adapter": target,
@@ -42,20 +51,33 @@ def main(args: Namespace, console: Console) -> int:
     return 0
 
 
+def _contents(saved: checkpoint.Checkpoint) -> tuple[export.PlainAdapter, Recipe]:
+    """Adapter and recipe of a checkpoint whose bytes are what its writer wrote.
+
+    Raises:
+        RecipeError: its writer was another program or version.
+    """
+    try:
+        return export.from_checkpoint(saved), parse(saved.trainer["recipe"])
+    except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        allowed = f"a checkpoint of this program and version ({reason})"
+        raise RecipeError([Problem("RUN_OR_CHECKPOINT", saved.uri, allowed)]) from error
+
+
 def find(uri: str) -> checkpoint.Checkpoint:
     """The checkpoint at a URI: itself, or the newest good one of a run.
 
     Raises:
         RecipeError: there is neither, or none verifies.
     """
-    fs, root = checkpoint.filesystem(uri)
     try:
-        if fs.exists(f"{root}/{checkpoint.COMMIT}"):
+        if patiently(storage.exists, f"{uri}/{checkpoint.COMMIT}"):
             return checkpoint.load(uri)
     except ValueError as error:
         raise RecipeError([Problem("RUN_OR_CHECKPOINT", uri, str(error))]) from error
     saved, refused = checkpoint.load_latest(uri)
     if saved is None:
-        reason = "; ".join(refused) or "it holds neither a checkpoint nor a checkpoints folder"
+        reason = "; ".join(map(str, refused)) or "it holds neither a checkpoint nor a checkpoints folder"
         raise RecipeError([Problem("RUN_OR_CHECKPOINT", uri, f"a run's folder or a checkpoint's: {reason}")])
     return saved

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 
 class TrialsProgress:
-    """One line over many trials: finished of all, running, failed, the best so far, time left.
+    """One line over many trials: finished of all, running, stopped early, failed, the best so far, time left.
 
     Args:
         console: where to draw.
@@ -19,7 +19,7 @@ class TrialsProgress:
     """
 
     def __init__(self, console: Console, concurrency: int) -> None:
-        self._console, self._concurrency = console, concurrency
+        self._console, self.concurrency = console, concurrency
         self._live = console.is_terminal
         self._started = time.monotonic()
         self._seconds: list[float] = []
@@ -41,9 +41,11 @@ class TrialsProgress:
         """A trial ended well after so many seconds."""
         self._seconds.append(seconds)
 
-    def show(self, done: int, total: int, running: int, failed: int, best: str) -> None:
+    def show(self, done: int, total: int, running: int, failed: int, best: str, stopped: int = 0) -> None:
         """What is true now."""
-        parts = [f"{running} running", f"{failed} failed" if failed else "", best, self._left(total - done)]
+        counts = {"running": running, "stopped early": stopped, "failed": failed}
+        parts = [f"{count} {name}" for name, count in counts.items() if count or name == "running"]
+        parts += [best, self._left(total - done)]
         text = "  ".join(p for p in parts if p)
         self._state = f"{done}/{total}  {text}"
         self._bar.update(self._task, completed=done, total=total, description=text)
@@ -57,7 +59,7 @@ class TrialsProgress:
     def _left(self, trials: int) -> str:
         if not self._seconds or not trials:
             return ""
-        seconds = sum(self._seconds) / len(self._seconds) * trials / self._concurrency
+        seconds = sum(self._seconds) / len(self._seconds) * trials / self.concurrency
         return f"about {duration(seconds)} left"
 
     def close(self) -> None:

@@ -15,10 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from hyperlora.config import Recipe
+from hyperlora.effects import show
 from hyperlora.field import Contestant
 from hyperlora.figures import rank_table
 from hyperlora.preflight import Estimate, Sizes
+from hyperlora.verdict import words
 from hyperlora.warm_start import WarmStart
+from pipelines.progress import duration
 
 
 def size(count: float) -> str:
@@ -120,6 +123,83 @@ def comparison_summary(console: Console, result: Mapping[str, Any], out: Path) -
         console.print(Text(f"missing: {', '.join(result['missing'])}", style="yellow"), soft_wrap=True)
     console.print(Text(), Text(result["verdict"]), Text(), sep="\n")
     for name in ("comparison.html", "comparison.json"):
+        console.print(Text(local(str(out / name))), soft_wrap=True)
+
+
+def study_plan(plan: Mapping[str, Any], e: Estimate, trials: int, seconds: float | None, out: str) -> RenderableType:
+    """What a study will run and what it will cost."""
+    reference = plan["reference"]
+    runs = f"{len(plan['points'])} points ({plan['design']}) x {len(plan['seeds'])} seeds"
+    beside = f", and {reference['label']} at several learning rates" if reference else ""
+    rows: list[tuple[str, RenderableType]] = [
+        ("recipe", f"{plan['name']}: {e.train_rows:,} rows to train on, {e.held_out_rows:,} held out"),
+        ("space", f"{plan['space']}: {', '.join(_knob(p) for p in plan['parameters'])}"),
+        ("rank budget", f"{e.rank_initial:,} to {e.rank_target:,}"),
+        ("trials", f"{trials}: {runs}{beside}"),
+        ("cost", f"{trials * plan['steps']:,} optimizer steps{_time(seconds)}"),
+        ("folder", Text(local(out))),
+    ]
+    return _grid(rows)
+
+
+def _knob(p: Mapping[str, Any]) -> str:
+    if p["choices"]:
+        return f"{p['label']} {'/'.join(show(c) for c in p['choices'])}"
+    return f"{p['label']} {show(p['low'])} to {show(p['high'])}"
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else f", about {duration(seconds)} by the time of a few steps on this machine"
+
+
+def study_summary(console: Console, result: Mapping[str, Any], out: Path) -> None:
+    """Print the end of a study, whole or not."""
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    for column in ("knob", "from → to", "difference", "p", "importance"):
+        table.add_column(column, justify="left" if column in ("knob", "from → to") else "right")
+    for e in sorted(result["effects"], key=lambda e: -(e["effect"]["mean"] or 0)):
+        if e["effect"]["mean"] is None:
+            continue
+        share = result["importances"].get(e["key"])
+        table.add_row(
+            escape(e["label"]),
+            escape(f"{e['effect']['from']} → {e['effect']['to']}"),
+            _interval(e["effect"]),
+            "–" if e["p"] is None else f"{e['p']:.3f}",
+            "–" if share is None else f"{100 * share['mean']:.0f} %",
+        )
+    console.print(Text(f"\nstudy of {result['name']}, space {result['space']}", style="bold"), table, sep="\n")
+    ending(console, result, out, ("study.html", "study.json", "trials.csv", "trials.parquet"))
+
+
+def tuning_plan(plan: Mapping[str, Any], seconds: float | None, out: str) -> RenderableType:
+    """What a search will run and what it will cost at most."""
+    stopping = f"early by {words(plan['stopping'])}" if plan["stopping"] else "none"
+    rows: list[tuple[str, RenderableType]] = [
+        ("recipe", plan["name"]),
+        ("space", f"{plan['space']}: {', '.join(_knob(p) for p in plan['parameters'])}"),
+        ("trials", f"{plan['trials']}, chosen by {plan['sampler']}; stopping {stopping}"),
+        ("for", ", ".join(f"{'more' if o['higher'] else 'less'} {words(o['name'])}" for o in plan["objectives"])),
+        ("cost", f"at most {plan['trials'] * plan['steps']:,} optimizer steps{_time(seconds)}, one trial at a time"),
+        ("folder", Text(local(out))),
+    ]
+    return _grid(rows)
+
+
+def tuning_summary(console: Console, result: Mapping[str, Any], out: Path) -> None:
+    """Print the end of a search, whole or not."""
+    console.print(Text(f"\nsearch on {result['name']}, space {result['space']}", style="bold"))
+    ending(console, result, out, ("tune.html", "tune.json", "trials.csv", "trials.parquet"))
+
+
+def ending(console: Console, result: Mapping[str, Any], out: Path, files: Sequence[str]) -> None:
+    """Failures, gaps, verdict and files of a search."""
+    for failure in result["failed"]:
+        console.print(Text(f"failed: {failure['trial']}: {failure['reason']}", style="red"), soft_wrap=True)
+    if result["missing"]:
+        console.print(Text(f"missing: {len(result['missing'])} trials", style="yellow"), soft_wrap=True)
+    console.print(Text(), Text(result["verdict"]), Text(), sep="\n")
+    for name in files:
         console.print(Text(local(str(out / name))), soft_wrap=True)
 
 

@@ -7,6 +7,8 @@ import shlex
 import sys
 import time
 from argparse import Namespace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +16,8 @@ from rich.console import Console
 from hyperlora import runs, tracking
 from hyperlora.config import Recipe
 from hyperlora.preflight import Estimate, inspect
-from hyperlora.training import RunInfo, Tee, train
+from hyperlora.stopping import Notice
+from hyperlora.training import RunInfo, StoppedError, Tee, train
 from pipelines import screens
 from pipelines.common import load_recipe, write_json
 from pipelines.progress import ProgressSink
@@ -32,7 +35,31 @@ def main(args: Namespace, console: Console) -> int:
         console.print(screens.estimate(recipe, estimate))
         write_json(args.json, {"recipe": recipe.model_dump(mode="json"), "estimate": estimate.to_json()})
         return 0
-    info = _open_run(recipe, estimate, args.resume)
+    if recipe.mlflow.enabled:
+        tracking.check(recipe)
+    with ExitStack() as stack:
+        if recipe.ray.backend == "ray":
+            from hyperlora.distributed import cluster
+
+            with console.status("starting Ray"):
+                stack.enter_context(cluster(recipe, args.verbose))
+        with console.status("claiming the run's folder"):
+            claimed, lease = runs.claim(recipe, args.resume)
+        stack.enter_context(lease)
+        return _train(named, recipe, claimed, estimate, args, console, started)
+
+
+def _train(
+    named: Recipe,
+    recipe: Recipe,
+    claimed: RunInfo,
+    estimate: Estimate,
+    args: Namespace,
+    console: Console,
+    started: float,
+) -> int:
+    """Train in a run's folder, and show what came of it."""
+    info = _open_run(recipe, claimed, estimate, args.resume)
     console.print(
         f"[bold]{recipe.name}[/] ({recipe.method}) in {screens.local(info.uri)}", highlight=False, soft_wrap=True
     )
@@ -47,7 +74,11 @@ def main(args: Namespace, console: Console) -> int:
     except BaseException as error:
         sink.close()
         if info.mlflow_run_id is not None:
-            tracking.fail(recipe, info.mlflow_run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            tracking.fail(
+                recipe,
+                info.mlflow_run_id,
+                "KILLED" if isinstance(error, KeyboardInterrupt | StoppedError) else "FAILED",
+            )
         raise
     sink.close()
     wall = time.monotonic() - started
@@ -56,23 +87,22 @@ def main(args: Namespace, console: Console) -> int:
     return 0
 
 
-def _open_run(recipe: Recipe, estimate: Estimate, resume: bool) -> RunInfo:
+def _open_run(recipe: Recipe, info: RunInfo, estimate: Estimate, resume: bool) -> RunInfo:
+    """Record a run in its folder and in MLflow."""
     if resume:
-        info = runs.unfinished(recipe)
         if info.mlflow_run_id is not None:
             tracking.resume(recipe, info.mlflow_run_id)
         return info
-    uri = runs.new_uri(recipe)
-    runs.record(RunInfo(uri), recipe)
+    runs.record(info, recipe)
     if not recipe.mlflow.enabled:
-        return RunInfo(uri)
+        return info
     facts = {
         "total_steps": estimate.steps,
         "rank_target": estimate.rank_target,
         "trainable_parameters": estimate.sizes.trainable,
         "pruning": estimate.pruning,
     }
-    info = RunInfo(uri, tracking.start(recipe, uri, uri.rsplit("/", 1)[1], facts))
+    info = replace(info, mlflow_run_id=tracking.start(recipe, info.uri, info.uri.rsplit("/", 1)[1], facts))
     runs.record(info, recipe)
     return info
 
@@ -86,7 +116,8 @@ def _run(recipe: Recipe, info: RunInfo, sink: ProgressSink, verbose: bool) -> No
     tracked = (
         [] if info.mlflow_run_id is None else [tracking.MLflowSink(recipe.mlflow.tracking_uri, info.mlflow_run_id)]
     )
-    train(recipe, info, sink=Tee(sink, *tracked))
+    with Notice() as notice:
+        train(recipe, info, sink=Tee(sink, *tracked), stop=notice.given)
 
 
 def _next(recipe: Recipe, info: RunInfo, args: Namespace) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from transformers import PreTrainedTokenizerBase
 
 from hyperlora.config import Recipe
@@ -13,7 +11,13 @@ from hyperlora.tasks.data import load_rows
 from hyperlora.tasks.generation import Generation
 from hyperlora.tasks.language_modeling import LanguageModeling
 
-__all__ = ["Task", "build_task"]
+__all__ = ["FAMILIES", "Task", "build_task"]
+
+FAMILIES: dict[str, type[Classification] | type[Generation] | type[LanguageModeling]] = {
+    "generation": Generation,
+    "classification": Classification,
+    "language-modeling": LanguageModeling,
+}
 
 
 def build_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -23,9 +27,4 @@ def build_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
         RecipeError: a file is missing, unreadable or empty, or a row lacks a column or has an unknown label.
     """
     train, held_out = load_rows(recipe.data, recipe.task.kind)
-    families: dict[str, Callable[..., Task]] = {
-        "generation": Generation,
-        "classification": Classification,
-        "language-modeling": LanguageModeling,
-    }
-    return families[recipe.task.kind](recipe, tokenizer, train, held_out)
+    return FAMILIES[recipe.task.kind](recipe, tokenizer, train, held_out)

@@ -33,10 +33,16 @@ class Classification(Task):
         super().__init__(recipe, tokenizer)
         column = recipe.data.label
         names = recipe.data.labels or tuple(sorted({str(row[column]) for row in train}))
-        unknown = {str(row[column]) for row in [*train, *held_out]} - set(names)
-        if unknown or len(names) < 2:
-            value = sorted(unknown)[:5] if unknown else names
-            raise RecipeError([Problem("data.labels", value, f"two labels or more, all in: {', '.join(names)}")])
+        problems = []
+        if len(names) < 2:
+            problems.append(Problem("data.labels", names, "two labels or more in the training rows, or named here"))
+        for part, rows in (("train", train), ("eval", held_out)):
+            unknown = sorted({str(row[column]) for row in rows} - set(names))
+            if unknown:
+                known = f"labels in column {column}: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+                problems.append(Problem(f"data.{part}", unknown[:5], known))
+        if problems:
+            raise RecipeError(problems)
         self.label_index = {name: n for n, name in enumerate(names)}
         self.num_labels, self.labels = len(names), names
         self.train = self._encode(train)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import fsspec
 from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 
-from hyperlora.config import DataConfig, Problem, RecipeError
+from hyperlora.config import DataConfig, Problem, RecipeError, template_columns
 from hyperlora.tasks import generated
 
 Row = dict[str, Any]
 GENERATED_ROWS = {"train": 4000, "heldout": 200}
+#: Characters of a line: one that is longer has lost its line ends.
+LONGEST_LINE = 4 * 1024 * 1024
 
 
 def load_rows(data: DataConfig, kind: str) -> tuple[list[Row], list[Row]]:
@@ -39,62 +43,113 @@ def _load_part(data: DataConfig, kind: str, part: str, limit: int | None) -> lis
     if data.source in ("word-problems", "entailment"):
         make = generated.word_problems if data.source == "word-problems" else generated.entailment_pairs
         split: generated.Split = "train" if part == "train" else "heldout"
-        return make(limit or GENERATED_ROWS[split], data.seed, split)
+        try:
+            return make(limit or GENERATED_ROWS[split], data.seed, split)
+        except ValueError as error:
+            raise RecipeError([Problem(f"data.{part}_rows", limit, str(error))]) from error
     name = getattr(data, part)
     if data.source == "hub":
-        rows = [dict(row) for row in load_dataset(data.root, data.subset, split=name)]
+        try:
+            rows = [dict(row) for row in load_dataset(data.root, data.subset, split=name)]
+        except (OSError, ValueError, DatasetsError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            allowed = f"the hub name of a data set with split {name!r} ({reason})"
+            raise RecipeError([Problem("data.root", data.root, allowed)]) from error
     else:
         rows = _read(f"{str(data.root).rstrip('/')}/{name}", f"data.{part}", data)
     if not rows:
         raise RecipeError([Problem(f"data.{part}", name, "at least one row")])
-    wanted = _columns(data, kind)
+    texts = _columns(data, kind)
+    labels = [data.label] if kind == "classification" else []
     for number, row in enumerate(rows, 1):
-        missing = [c for c in wanted if row.get(c) is None]
-        if missing:
-            allowed = f"columns {', '.join(wanted)}; row {number} lacks {', '.join(missing)}, it has {', '.join(row)}"
+        wrong = _row_problem(row, texts, labels)
+        if wrong is not None:
+            allowed = f"columns {', '.join(texts + labels)}; row {number} {wrong}"
             raise RecipeError([Problem(f"data.{part}", name, allowed)])
     return rows[:limit]
 
 
+def _row_problem(row: Any, texts: list[str], labels: list[str]) -> str | None:
+    """What is wrong with a row that needs these columns; None for a good one."""
+    if not isinstance(row, dict):
+        return f"is no object with columns, but {type(row).__name__}"
+    if None in row:  # where csv.DictReader puts what no column has a name for
+        return f"has {len(row) - 1 + len(row[None])} values for {len(row) - 1} columns"
+    missing = [column for column in texts + labels if row.get(column) is None]
+    if missing:
+        return f"lacks {', '.join(missing)}, it has {', '.join(str(c) for c, v in row.items() if v is not None)}"
+    for column in texts:
+        value = row[column]
+        if not isinstance(value, str):
+            return f"has no text in {column}, but {type(value).__name__}"
+        if "\0" in value:
+            return f"has a NUL character in {column}"
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            return f"has half a surrogate pair in {column}"
+    for column in labels:
+        value = row[column]
+        if not isinstance(value, str | int) or value == "":
+            return f"has no label in {column}: a text or a whole number, found {value!r}"
+    return None
+
+
 def _columns(data: DataConfig, kind: str) -> list[str]:
+    """The columns that hold text."""
     if kind == "classification":
-        return [data.text, *([data.text_pair] if data.text_pair else []), data.label]
+        return [data.text, *([data.text_pair] if data.text_pair else [])]
     if kind == "generation":
         return [data.prompt, data.completion]
-    return [c for c, used in ((data.prompt, "{prompt}"), (data.completion, "{completion}")) if used in data.template]
+    return list(dict.fromkeys(template_columns(data)))
 
 
 def _read(uri: str, field: str, data: DataConfig) -> list[Row]:
+    def refused(allowed: str) -> RecipeError:
+        return RecipeError([Problem(field, uri, allowed)])
+
+    # Files from Windows begin with a mark that is no part of the first column's name.
+    encoding = "utf-8-sig" if codecs.lookup(data.encoding).name == "utf-8" else data.encoding
     try:
-        with fsspec.open(uri, "r", encoding=data.encoding, newline="") as stream:
+        with fsspec.open(uri, "r", encoding=encoding, newline="") as stream:
             if data.format == "json":
                 content = json.load(stream)
                 if not isinstance(content, list):
                     raise ValueError(f"a list of rows, found {type(content).__name__}")
                 return content
-            return list(_lines(stream, data))
+            return list(_rows(stream, data))
     except FileNotFoundError:
-        raise RecipeError([Problem(field, uri, "allowed: an existing file")]) from None
+        raise refused("allowed: an existing file") from None
+    except OSError as error:
+        raise refused(f"allowed: a file that can be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
-        allowed = f"text in data.encoding={data.encoding} ({error.reason} at byte {error.start})"
-        raise RecipeError([Problem(field, uri, allowed)]) from error
+        raise refused(f"text in data.encoding={data.encoding} ({error.reason} at byte {error.start})") from error
+    except RecursionError as error:
+        raise refused(f"allowed: {data.format} (nested too deeply)") from error
     except (ValueError, csv.Error) as error:
-        raise RecipeError([Problem(field, uri, f"allowed: {data.format} ({error})")]) from error
+        raise refused(f"allowed: {data.format} ({error})") from error
 
 
-def _lines(stream: Any, data: DataConfig) -> Iterator[Row]:
+def _bounded(stream: Any) -> Iterator[str]:
+    """The lines of a text file."""
+    number = 0
+    while line := stream.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise ValueError(f"line {number} is longer than {LONGEST_LINE:,} characters")
+        yield line
+
+
+def _rows(stream: Any, data: DataConfig) -> Iterator[Row]:
+    lines = _bounded(stream)
     if data.format in ("tsv", "csv"):
-        # GLUE's files carry unpaired quotation marks: in TSV a quote is a character like any other.
-        if data.format == "tsv":
-            yield from csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-        else:
-            yield from csv.DictReader(stream)
+        yield from _table(lines, data.format)
         return
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if data.format == "label-text":
             label, _, text = line.strip().partition(" ")
+            if not text:
+                raise ValueError(f"line {number} has no text after its label")
             yield {data.label: label, data.text: text}
             continue
         try:
@@ -104,3 +159,16 @@ def _lines(stream: Any, data: DataConfig) -> Iterator[Row]:
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is no JSON object")
         yield row
+
+
+def _table(lines: Iterable[str], kind: str) -> Iterator[Row]:
+    # GLUE's files carry unpaired quotation marks: in TSV a quote is a character like any other.
+    reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if kind == "tsv" else csv.DictReader(lines)
+    try:
+        names = list(reader.fieldnames or [])
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"the header names {', '.join(repeated)} twice")
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num + 1}: {error}") from error

@@ -41,7 +41,7 @@ class Generation(Task):
     def _encode(self, rows: list[dict[str, Any]]) -> Dataset:
         data, task = self.recipe.data, self.recipe.task
         prompts = [task.prompt_format.replace("{prompt}", str(row[data.prompt])) for row in rows]
-        completions = [f" {row[data.completion]}{self.tokenizer.eos_token}" for row in rows]
+        completions = [f" {row[data.completion]}{self.tokenizer.eos_token or ''}" for row in rows]
         prompt_ids = self.tokenizer(prompts)["input_ids"]
         completion_ids = self.tokenizer(completions, add_special_tokens=False)["input_ids"]
         ids = [(p + c)[: task.max_length] for p, c in zip(prompt_ids, completion_ids, strict=True)]

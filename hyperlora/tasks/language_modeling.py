@@ -31,13 +31,12 @@ class LanguageModeling(Task):
         self.held_out = self._encode(held_out)
 
     def _encode(self, rows: list[dict[str, Any]]) -> Dataset:
-        data, eos = self.recipe.data, self.tokenizer.eos_token
-        columns = [
-            {"prompt": row.get(data.prompt, ""), "completion": row.get(data.completion, ""), **row} for row in rows
-        ]
-        texts = [data.template.format_map(row) + str(eos) for row in columns]
+        data = self.recipe.data
+        eos = str(self.tokenizer.eos_token or "")
+        columns = [{**row, "prompt": row.get(data.prompt), "completion": row.get(data.completion)} for row in rows]
+        texts = [data.template.format_map(row) + eos for row in columns]
         ids = self.tokenizer(texts, truncation=True, max_length=self.recipe.task.max_length)["input_ids"]
-        return Dataset.from_dict({"input_ids": ids, "labels": ids, "weight": [len(row) - 1 for row in ids]})
+        return Dataset.from_dict({"input_ids": ids, "labels": ids, "weight": [max(0, len(row) - 1) for row in ids]})
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         return next_token_loss_sum(model, batch)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from refusals import Refused, checker
 
 # The tests' own Ray needs no dashboard clients, proxies or usage reports.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -45,3 +46,10 @@ def recipe_file(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(small_recipe(tmp_path)), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Runs a command in ``tmp_path`` that has to be refused; returns its message in one line."""
+    monkeypatch.chdir(tmp_path)
+    return checker(tmp_path, capfd)

@@ -224,7 +224,7 @@ def test_all_problems_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> N
         "--only: got 'loraa'; allowed: ada, lora",
         "--lrs: got '-1'",
         "--lrs: got 'x'",
-        "--seeds: got '0'; a whole number of seeds, at least 1",
+        "--seeds: got '0'; a whole number of seeds, 1 to 1000",
         "--concurrency: got '1.5'",
     ):
         assert expected in message
@@ -242,7 +242,7 @@ def test_what_does_not_fit_the_model_is_told_with_the_contestant(tmp_path: Path,
     # What is wrong with all is told once, without a name.
     assert main([*prepare(tmp_path, ADA, LORA), "adapter.target_modules=[nothing]"]) == 2
     message = " ".join(capfd.readouterr().err.split())
-    assert "1 problem in the recipe: adapter.target_modules: got ('nothing',)" in message
+    assert "1 problem: adapter.target_modules: got ('nothing',)" in message
 
 
 def test_one_comparison_in_a_folder_at_a_time(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +133,32 @@ def test_killed_driver_resumes(recipe_file: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     # The rest runs in this process alone: another number of workers.
+    resumed = run(recipe_file, *changes, "--resume")
+    assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    assert resumed["ranks"] == whole["ranks"]
+
+
+def test_sigterm_of_the_driver_saves_a_checkpoint_on_the_workers(recipe_file: Path) -> None:
+    changes = ("training.steps=150", "training.checkpoint_every=1000")
+    whole = run(recipe_file, *changes)
+    runs = recipe_file.parent / "runs"
+    before = set(runs.iterdir())
+    arguments = [sys.executable, "-m", "pipelines.cli", "train", str(recipe_file), *changes, *TWO]
+    process = subprocess.Popen(
+        arguments, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if (shown := re.search(r"step (\d+)/150", line)) and int(shown[1]) > 1:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, message = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM, message
+    (new,) = set(runs.iterdir()) - before
+    (saved,) = new.glob("checkpoints/*/trainer.json")
+    step = json.loads(saved.read_text())["step"]
+    assert 1 < step < 150
+    assert f"told to stop after step {step} of 150; the last checkpoint is {saved.parent}" in " ".join(message.split())
     resumed = run(recipe_file, *changes, "--resume")
     assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-6)
     assert resumed["ranks"] == whole["ranks"]

@@ -53,7 +53,7 @@ def test_failing_trials_do_not_stop_the_others(tmp_path: Path) -> None:
     assert found["good"].outcome is not None
     assert len(found["good"].outcome["step_seconds"]) == 10
     assert found["misfit"].status == "failed"
-    assert "RecipeError: 1 problem in the recipe: adapter.target_modules" in str(found["misfit"].reason)
+    assert "RecipeError: 1 problem: adapter.target_modules" in str(found["misfit"].reason)
 
 
 @pytest.mark.usefixtures("cluster")

@@ -280,7 +280,8 @@ def test_runs_checkpoints_and_what_trials_keep(tmp_path: Path) -> None:
     assert same(of(str(tmp_path)), newer)
     assert same(of(first), older)
     keep_networks(str(tmp_path))
-    kept = checkpoint.load(str(tmp_path / "hypernetworks"))
+    kept, _ = checkpoint.load_latest(str(tmp_path / "hypernetworks"))
+    assert kept is not None
     assert {n.split(".")[1] for n in kept.tensors} == {"hypernetwork"}
 
     # A damaged newest checkpoint is passed over; with none left there is what was kept.

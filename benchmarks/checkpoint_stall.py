@@ -1,0 +1,149 @@
+"""How long training stands still for checkpoints that go to an S3 endpoint while it goes on.
+
+    python -m benchmarks.checkpoint_stall [--endpoint URL --bucket NAME] [--json FILE]
+
+Trains the quickstart in this process with a checkpoint every few steps, so that there are enough of them to measure,
+and reports what one costs per 30 s of training. Without --endpoint a moto server is started beside it. Two shares:
+
+    stall      seconds that the loop spends within ``checkpoint()``: copying the state, delivering metrics, handing over
+    slowdown   what the steps during an upload last longer than the others, for the length of an upload
+
+The second is the price of the upload's share of the cores; on a machine with cores to spare it is next to nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import provenance, write_json
+from hyperlora import storage
+from hyperlora.training import RunInfo, Silent, train
+from pipelines.common import load_recipe
+
+EVERY = 30.0  # seconds between checkpoints that the shares are given for
+
+
+class Record(Silent):
+    """What each step took, and each checkpoint."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, float]] = []
+        self.stalls: list[float] = []
+        self.uploads: list[tuple[float, float]] = []
+        self.bytes = 0.0
+        self.warnings: list[str] = []
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        now = time.monotonic()
+        self.steps.append((now, metrics["step_seconds"]))
+        if "checkpoint/stall_seconds" in metrics:
+            self.stalls.append(metrics["checkpoint/stall_seconds"])
+        if "checkpoint/upload_seconds" in metrics:
+            self.uploads.append((now - metrics["checkpoint/upload_seconds"], now))
+            self.bytes = metrics["checkpoint/bytes"]
+
+    def warning(self, monitor: str, step: int, message: str) -> None:
+        self.warnings.append(f"{monitor}: {message}")
+
+
+@contextmanager
+def moto() -> Iterator[str]:
+    """URL of an S3 endpoint that lives as long as the block."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    program = Path(sys.executable).with_name("moto_server")
+    server = subprocess.Popen([program, "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(url, timeout=5).close()
+            except urllib.error.HTTPError:
+                break
+            except OSError:
+                if server.poll() is not None:
+                    raise RuntimeError(f"{program} ended with status {server.returncode}") from None
+                time.sleep(0.1)
+            else:
+                break
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def measure(recipe_name: str, overrides: list[str], bucket: str) -> dict[str, Any]:
+    """Train once and say what checkpoints cost."""
+    recipe = load_recipe(recipe_name, ["ray.backend=local", "ray.num_workers=1", "mlflow.enabled=false", *overrides])
+    record = Record()
+    uri = f"s3://{bucket}/checkpoint-stall-{time.time_ns()}"
+    outcome = train(recipe, RunInfo(uri), sink=record)
+    storage.remove_tree(uri)
+    busy = [s for end, s in record.steps if any(a < end and end - s < b for a, b in record.uploads)]
+    idle = [s for end, s in record.steps if not any(a < end and end - s < b for a, b in record.uploads)]
+    upload = statistics.mean(b - a for a, b in record.uploads)
+    slower = max(0.0, statistics.median(busy) / statistics.median(idle) - 1) if busy and idle else None
+    stall = statistics.mean(record.stalls)
+    return {
+        "recipe": recipe_name,
+        "overrides": overrides,
+        "steps": outcome["steps"],
+        "training_seconds": outcome["training_seconds"],
+        "checkpoints": len(record.stalls),
+        "checkpoint_bytes": record.bytes,
+        "stall_seconds": {"mean": stall, "most": max(record.stalls), "all": record.stalls},
+        "stall_share_every_30_s": stall / EVERY,
+        "stall_share_of_this_run": sum(record.stalls) / (outcome["training_seconds"] + sum(record.stalls)),
+        "upload_seconds": upload,
+        "step_seconds_during_upload": statistics.median(busy) if busy else None,
+        "step_seconds_otherwise": statistics.median(idle) if idle else None,
+        "slowdown_share_every_30_s": None if slower is None else slower * min(upload, EVERY) / EVERY,
+        "warnings": record.warnings,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change the recipe")
+    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("--endpoint", help="of an S3 server; credentials come from the environment")
+    parser.add_argument("--bucket", default="checkpoint-stall", help="created if it is not there")
+    parser.add_argument("--json", type=Path, help="write the result")
+    args = parser.parse_args()
+    overrides = ["training.checkpoint_every=8", "training.eval_before=false", *args.overrides]
+    with moto() if args.endpoint is None else nullcontext(args.endpoint) as url, tempfile.TemporaryDirectory() as state:
+        os.environ.update({"AWS_ENDPOINT_URL": url, "XDG_STATE_HOME": state})
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            os.environ.setdefault(name, "checkpoint-stall")
+        os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
+        fs, _ = storage.filesystem(f"s3://{args.bucket}")
+        if not fs.exists(args.bucket):
+            fs.mkdir(args.bucket)
+        result = measure(args.recipe, overrides, args.bucket)
+    print(
+        f"{result['checkpoints']} checkpoints of {result['checkpoint_bytes'] / 2**20:.1f} MiB: stall "
+        f"{1000 * result['stall_seconds']['mean']:.1f} ms each (most {1000 * result['stall_seconds']['most']:.1f} ms), "
+        f"{100 * result['stall_share_every_30_s']:.3f} % of the time with one every 30 s; upload "
+        f"{result['upload_seconds']:.2f} s, steps during it {result['step_seconds_during_upload']} s, otherwise "
+        f"{result['step_seconds_otherwise']} s"
+    )
+    if args.json:
+        write_json(args.json, result | provenance())
+
+
+if __name__ == "__main__":
+    main()

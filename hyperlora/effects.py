@@ -1,0 +1,191 @@
+"""Effects of a designed experiment's factors: least squares on the points' means.
+
+Every point is run with the same seeds, so that its mean is one observation and what all points share of a seed drops
+out. Residuals of the additive model hold the noise of the seeds and the interactions alike: intervals are wide where
+interactions are strong. Factors are sum-coded; at points where a factor does not exist its columns are 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+#: More distinct numbers than these are told apart by three bins of equal numbers of points.
+MOST_LEVELS, BINS = 5, 3
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A parameter at the points of a design.
+
+    Attributes:
+        key, label: of the parameter.
+        levels: for people, in their order.
+        codes: the level of every point, (n,); -1 where the parameter does not exist.
+    """
+
+    key: str
+    label: str
+    levels: tuple[str, ...]
+    codes: np.ndarray
+
+    def columns(self) -> np.ndarray:
+        """Sum coding, (n, levels - 1)."""
+        last = len(self.levels) - 1
+        x = (self.codes[:, None] == np.arange(last)).astype(float)
+        x[self.codes == last] = -1
+        return x
+
+    def linear(self) -> np.ndarray:
+        """The place among the levels from -1 to 1, (n,)."""
+        place = 2 * self.codes / max(1, len(self.levels) - 1) - 1.0
+        return np.where(self.codes < 0, 0.0, place)
+
+
+def factor(parameter: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> Factor:
+    """How the points cover one parameter (``key``, ``label``, ``choices``)."""
+    key = parameter["key"]
+    values = [point.get(key) for point in points]
+    present = [v for v in values if v is not None]
+    order: list[Any] = list(parameter["choices"]) if parameter["choices"] else sorted(set(present))
+    if parameter["choices"] or len(order) <= MOST_LEVELS:
+        order = [v for v in order if v in present]
+        codes = [-1 if v is None else order.index(v) for v in values]
+        return Factor(key, parameter["label"], tuple(show(v) for v in order), np.array(codes))
+    edges = np.quantile(present, np.linspace(0, 1, BINS + 1))
+    names = tuple(f"{show(float(a))} to {show(float(b))}" for a, b in itertools.pairwise(edges))
+    codes = [-1 if v is None else min(BINS - 1, int(np.searchsorted(edges[1:], v))) for v in values]
+    return Factor(key, parameter["label"], names, np.array(codes))
+
+
+def show(value: Any) -> str:
+    """A value of a parameter for people."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean over seeds with its t interval, which holds at three seeds already; no interval below two values."""
+    n = len(values)
+    if not n:
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    mean = float(np.mean(values))
+    if n == 1:
+        return {"mean": mean, "low": None, "high": None, "n": 1}
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Weighted least squares.
+
+    Attributes:
+        beta: coefficients, (p,).
+        covariance: of them, (p, p); zero when nothing is left to estimate it from.
+        residual: weighted sum of squares.
+        freedom: degrees of freedom of the residual.
+        x: the design, (n, p).
+    """
+
+    beta: np.ndarray
+    covariance: np.ndarray
+    residual: float
+    freedom: int
+    x: np.ndarray
+
+    def contrast(self, c: np.ndarray) -> dict[str, float | None]:
+        """A combination of the coefficients with its t interval; None what the points cannot tell."""
+        nothing: dict[str, float | None] = {"mean": None, "low": None, "high": None, "p": None}
+        projected = np.linalg.pinv(self.x) @ self.x @ c
+        if not np.allclose(projected, c, atol=1e-6):
+            return nothing
+        mean = float(c @ self.beta)
+        if self.freedom < 1:
+            return nothing | {"mean": mean}
+        error = float(np.sqrt(max(0.0, c @ self.covariance @ c)))
+        half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, self.freedom)) * error
+        p = 0.0 if error == 0 else float(2 * stats.t.sf(abs(mean) / error, self.freedom))
+        return {"mean": mean, "low": mean - half, "high": mean + half, "p": p}
+
+
+def least_squares(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> Fit:
+    """Fit y, (n,), on the columns of x, (n, p), with weights, (n,)."""
+    root = np.sqrt(weights)
+    xw, yw = x * root[:, None], y * root
+    beta, _, rank, _ = np.linalg.lstsq(xw, yw, rcond=None)
+    residual = float(((yw - xw @ beta) ** 2).sum())
+    freedom = len(y) - int(rank)
+    variance = residual / freedom if freedom > 0 else 0.0
+    return Fit(beta, variance * np.linalg.pinv(xw.T @ xw), residual, freedom, x)
+
+
+def main_effects(factors: Sequence[Factor], y: np.ndarray, weights: np.ndarray) -> list[dict[str, Any]]:
+    """What each factor changes, the others held: adjusted means of its levels, and the largest difference of two.
+
+    Returns:
+        For each factor ``key``, ``label``, ``levels`` (each with ``label``, ``points`` and the adjusted ``mean``,
+        ``low``, ``high``), ``effect`` (highest minus lowest level, with ``from`` and ``to``), and ``p``, the F test of
+        all its levels.
+    """
+    blocks = [f.columns() for f in factors]
+    x = np.hstack([np.ones((len(y), 1)), *blocks])
+    whole = least_squares(x, y, weights)
+    found, start = [], 1
+    for f, block in zip(factors, blocks, strict=True):
+        width = block.shape[1]
+        own = slice(start, start + width)
+        rows = np.zeros((len(f.levels), x.shape[1]))
+        rows[:, 0] = 1
+        rows[:width, own] = np.eye(width)
+        rows[-1, own] = -1
+        means = [whole.contrast(row) for row in rows]
+        known = [i for i, m in enumerate(means) if m["mean"] is not None]
+        levels = [
+            {"label": name, "points": int((f.codes == i).sum()), **{k: means[i][k] for k in ("mean", "low", "high")}}
+            for i, name in enumerate(f.levels)
+        ]
+        effect: dict[str, Any] = {"mean": None, "low": None, "high": None, "from": None, "to": None}
+        if len(known) > 1:
+            lowest, highest = (pick(known, key=lambda i: float(means[i]["mean"] or 0.0)) for pick in (min, max))
+            effect = whole.contrast(rows[highest] - rows[lowest])
+            effect = {**effect, "from": f.levels[lowest], "to": f.levels[highest]}
+        p = _joint_test(np.delete(x, np.r_[own], axis=1), whole, y, weights)
+        found.append({"key": f.key, "label": f.label, "levels": levels, "effect": effect, "p": p})
+        start += width
+    return found
+
+
+def _joint_test(without: np.ndarray, whole: Fit, y: np.ndarray, weights: np.ndarray) -> float | None:
+    """p of the F test that some columns do nothing; None when it cannot be made."""
+    less = least_squares(without, y, weights)
+    extra = less.freedom - whole.freedom
+    if extra < 1 or whole.freedom < 1:
+        return None
+    if whole.residual <= 1e-12 * max(less.residual, 1e-300):
+        return 0.0 if less.residual > 0 else 1.0
+    f = (less.residual - whole.residual) / extra / (whole.residual / whole.freedom)
+    return float(stats.f.sf(f, extra, whole.freedom))
+
+
+def interactions(factors: Sequence[Factor], y: np.ndarray, weights: np.ndarray) -> list[dict[str, Any]]:
+    """How much one factor's whole change depends on another's, pair by pair beside all main effects.
+
+    Levels count by their place from first to last; the estimate is the difference of the first factor's change between
+    the last and the first level of the second. What other pairs do is in the residual.
+    """
+    base = np.hstack([np.ones((len(y), 1)), *(f.columns() for f in factors)])
+    found = []
+    for a, b in itertools.combinations(factors, 2):
+        x = np.hstack([base, (a.linear() * b.linear())[:, None]])
+        c = np.zeros(x.shape[1])
+        c[-1] = 4  # both codes run from -1 to 1
+        found.append({"a": a.label, "b": b.label, **least_squares(x, y, weights).contrast(c)})
+    return sorted(found, key=lambda e: 2.0 if e["p"] is None else e["p"])

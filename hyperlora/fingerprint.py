@@ -1,0 +1,77 @@
+"""Short hashes that are equal when recipes, or the rows they train and evaluate on, are equal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from hyperlora.adapters import resolve_path
+from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.runs import FREE
+from hyperlora.tasks.data import load_rows
+from hyperlora.tracking import flatten
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """Of everything in a recipe that decides what it computes; where and on what it runs is left out."""
+    flat = flatten(recipe.model_dump(mode="json"))
+    return _hash({key: value for key, value in flat.items() if not key.startswith(FREE)})
+
+
+def data_fingerprint(recipe: Recipe) -> str:
+    """Of the training and held-out rows, in their order.
+
+    Raises:
+        RecipeError: they cannot be read.
+    """
+    return _hash(load_rows(recipe.data, recipe.task.kind))
+
+
+def evaluation_fingerprint(recipe: Recipe) -> str:
+    """Of the task, the held-out rows in their order, and the base model: metrics are comparable when it is equal.
+
+    Raises:
+        RecipeError: rows or weights cannot be read.
+    """
+    _, held_out = load_rows(recipe.data, recipe.task.kind)
+    return _hash([recipe.task.model_dump(mode="json"), recipe.data.template, held_out, base_model(recipe)["sha256"]])
+
+
+def base_model(recipe: Recipe) -> dict[str, Any]:
+    """Reference to the base model: ``path``, ``revision`` and one ``sha256`` over its weights and configuration.
+
+    Of a model with random weights, over its configuration and the run's seed.
+
+    Raises:
+        RecipeError: the model is neither a local folder nor in the hub's cache.
+    """
+    model = recipe.model
+    named = {"path": model.path, "revision": model.revision}
+    if model.init == "random":
+        config = [model.model_dump(mode="json"), recipe.seed]
+        return named | {"sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
+    folder = Path(resolve_path(model.path))
+    if not folder.is_dir():
+        try:
+            patterns = ["*.safetensors", "config.json"]
+            found = snapshot_download(
+                model.path, revision=model.revision, allow_patterns=patterns, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            allowed = f"a local folder, or a model in the hub's cache ({type(error).__name__})"
+            raise RecipeError([Problem("model.path", model.path, allowed)]) from error
+        folder = Path(found)
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        with file.open("rb") as content:
+            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
+    return named | {"sha256": digest.hexdigest()}
+
+
+def _hash(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,280 @@
+"""Bytes under a URI: local paths, s3://, gs:// and az:// through fsspec.
+
+Credentials and endpoints come from the environment or the machine (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``,
+``GOOGLE_APPLICATION_CREDENTIALS``, ``AZURE_STORAGE_CONNECTION_STRING``, roles), never from a URI.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec import AbstractFileSystem
+
+T = TypeVar("T")
+
+# Every retry is ours, so that the pauses add up to what a caller asked for.
+S3_OPTIONS = {
+    "use_listings_cache": False,
+    "config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 1}},
+}
+#: Seconds that an operation is tried again where the caller names none.
+PATIENCE = 15.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
+PERMANENT = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+PERMANENT_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOSYS}
+
+
+class StorageError(OSError):
+    """A store did not do what it was asked.
+
+    Attributes:
+        transient: whether trying again may help.
+    """
+
+    def __init__(self, uri: str, reason: str, transient: bool) -> None:
+        super().__init__(f"{uri}: {reason}")
+        self.uri, self.reason, self.transient = uri, reason, transient
+
+    def __reduce__(self) -> tuple[type[StorageError], tuple[str, str, bool]]:
+        return type(self), (self.uri, self.reason, self.transient)
+
+
+def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a URI and the path in it."""
+    options = S3_OPTIONS if uri.startswith(("s3://", "s3a://")) else {}
+    fs, path = fsspec.core.url_to_fs(uri, **options)
+    if options:
+        fs.retries = 1
+    return fs, path
+
+
+def is_local(uri: str) -> bool:
+    return "://" not in uri or uri.startswith(("file://", "local://"))
+
+
+# ---------------------------------------------------------------- trying again
+
+
+def patiently(
+    action: Callable[..., T], *arguments: Any, patience: float = PATIENCE, give_up: threading.Event | None = None
+) -> T:
+    """Do something that may be done twice, again and again while the error is transient.
+
+    Pauses grow from a quarter of a second to 15 by factors of two, each shortened by a random part of up to a half.
+
+    Args:
+        action: what to do, with these arguments.
+        patience: seconds after the first error until the last attempt starts.
+        give_up: once set, the next transient error is the last.
+
+    Raises:
+        StorageError: of the last attempt.
+    """
+    pause, deadline = FIRST_PAUSE, None
+    give_up = give_up or threading.Event()
+    while True:
+        try:
+            return action(*arguments)
+        except StorageError as error:
+            now = time.monotonic()
+            deadline = now + patience if deadline is None else deadline
+            if not error.transient or give_up.is_set() or now >= deadline:
+                raise
+        give_up.wait(min(pause * random.uniform(0.5, 1), max(0.0, deadline - now)))
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+@contextmanager
+def _translated(uri: str) -> Iterator[None]:
+    """Errors of any store's library as StorageError; what is there or not there stays what it is."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except Exception as error:
+        transient = not isinstance(error, PERMANENT) and getattr(error, "errno", None) not in PERMANENT_NUMBERS
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StorageError(uri, reason, transient) from error
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status behind an error of S3."""
+    response: Any = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+
+
+# ---------------------------------------------------------------- single operations, each safe to repeat
+
+
+def pack_json(content: Any) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read(uri: str) -> bytes:
+    """The bytes of one file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StorageError: it could not be read.
+    """
+    with _translated(uri):
+        fs, path = filesystem(uri)
+        data = fs.cat_file(path)
+    assert isinstance(data, bytes)
+    return data
+
+
+def write(uri: str, data: bytes) -> None:
+    """Write one file; a kill leaves the old content or the new one, never a part, and no power cut loses it.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    with _translated(uri):
+        fs, path = filesystem(uri)
+        if is_local(uri):
+            new = _flushed(Path(path), data)
+            new.replace(path)
+            _flush_folder(Path(path).parent)
+        else:
+            fs.pipe_file(path, data)
+
+
+def create(uri: str, data: bytes) -> None:
+    """Write one file that is not there yet, by a conditional write where the store has it.
+
+    Raises:
+        FileExistsError: there is one with other content, which stays.
+        StorageError: it could not be written.
+    """
+    try:
+        _create(uri, data)
+    except FileExistsError:
+        # An answer that got lost on its way makes us meet our own file.
+        if read(uri) != data:
+            raise FileExistsError(f"{uri} was written by another process") from None
+
+
+def _create(uri: str, data: bytes) -> None:
+    with _translated(uri):
+        fs, path = filesystem(uri)
+        if is_local(uri):
+            new = _flushed(Path(path), data)
+            try:
+                os.link(new, path)
+            finally:
+                new.unlink()
+            _flush_folder(Path(path).parent)
+            return
+        # Some stores have no conditional writes: they say so, or pass over the condition in silence.
+        if fs.exists(path):
+            raise FileExistsError(uri)
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except OSError as error:
+            status = _status(error)
+            if status == 412:
+                raise FileExistsError(uri) from error
+            if status != 501:
+                raise
+            fs.pipe_file(path, data)
+
+
+def _flushed(path: Path, data: bytes) -> Path:
+    """A temporary file beside ``path``, on the disk with all its bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.new")
+    with new.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return new
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def tree(uri: str) -> dict[str, int]:
+    """Sizes in bytes of all files at any depth below a folder, by path relative to it; empty without a folder.
+
+    Raises:
+        StorageError: it could not be listed.
+    """
+    with _translated(uri):
+        fs, root = filesystem(uri)
+        root = root.rstrip("/")
+        try:
+            found: dict[str, Any] = fs.find(root, detail=True)
+        except FileNotFoundError:
+            return {}
+    return {path[len(root) + 1 :]: int(info["size"]) for path, info in found.items() if path.startswith(f"{root}/")}
+
+
+def glob(uri: str, pattern: str) -> list[str]:
+    """Paths below a folder, relative to it, that match a pattern.
+
+    Raises:
+        StorageError: it could not be listed.
+    """
+    with _translated(uri):
+        fs, root = filesystem(uri)
+        root = root.rstrip("/")
+        return sorted(path[len(root) + 1 :] for path in fs.glob(f"{root}/{pattern}"))
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file or a folder.
+
+    Raises:
+        StorageError: nobody can tell.
+    """
+    with _translated(uri):
+        fs, path = filesystem(uri)
+        return bool(fs.exists(path))
+
+
+def remove(uri: str) -> None:
+    """Delete one file if it is there; an empty local folder that it leaves behind goes too.
+
+    Raises:
+        StorageError: it could not be deleted.
+    """
+    with _translated(uri):
+        fs, path = filesystem(uri)
+        if not is_local(uri):
+            with suppress(FileNotFoundError):
+                fs.rm_file(path)
+            return
+        Path(path).unlink(missing_ok=True)
+        try:
+            Path(path).parent.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+
+
+def remove_tree(uri: str) -> None:
+    """Delete a folder with all that is in it, if it is there.
+
+    Raises:
+        StorageError: it could not be deleted.
+    """
+    with _translated(uri):
+        fs, path = filesystem(uri)
+        if fs.exists(path):
+            fs.rm(path, recursive=True)

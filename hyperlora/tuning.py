@@ -1,0 +1,412 @@
+"""Trials that a sampler chooses, run by Ray Tune: early stopping, several at a time, resumable. Imports ray.tune.
+
+A trial is a folder as in :mod:`hyperlora.search`, and beside that
+
+    values.json    what the sampler chose
+    reports.json   held-out metrics on the way, each with its ``step``
+    stopped.json   why and at which step the trial was stopped early
+
+Nothing else is kept: whoever runs the same search again learns all from these folders. Ray's own record of the
+experiment is thrown away.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+# Ray Tune reads these when it is imported: nothing but our own files is written, and Ctrl-C ends the search at once.
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+
+# Before ray, for the settings that it makes.
+from hyperlora.distributed import cluster
+from hyperlora.distributed import run as run_workers
+
+# isort: split
+import pyarrow.fs
+import ray
+import torch
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import Searcher
+
+from hyperlora import checkpoint, runs, storage, training
+from hyperlora.config import Recipe, parse
+from hyperlora.sampling import Objective, Proposals, Values
+from hyperlora.search import (
+    DIVERGED,
+    RESULT,
+    PeakMemory,
+    Result,
+    Trial,
+    drop_checkpoints,
+    only_process,
+    reason,
+    recorded,
+    write,
+)
+from hyperlora.training import NonFiniteError, RunInfo, Silent
+
+VALUES, REPORTS, STOPPED = "values.json", "reports.json", "stopped.json"
+#: A trial's driver asks for this much memory and no CPU: its workers need every CPU there is.
+DRIVER = {"memory": float(2**20)}
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """ASHA (Li et al. 2020): at each rung only the best of those that came so far go on.
+
+    Attributes:
+        metric: of the reports, that is compared.
+        higher: more of it is better.
+        first: steps before a trial can be stopped; rungs are this times powers of ``factor``.
+        last: steps of a whole trial.
+        factor: one of so many goes on at each rung.
+    """
+
+    metric: str
+    higher: bool
+    first: int
+    last: int
+    factor: int = 3
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched.
+
+    Attributes:
+        uri: folder of the search, which every worker can reach.
+        count: trials in all, those of earlier runs included.
+        make: a trial of this name at a point.
+        objectives: of the sampler, by name of a figure in a trial's outcome or last evaluation.
+        stopping: None lets every trial run to its end.
+        concurrency: trials at a time, at most; None takes what the cluster holds.
+    """
+
+    uri: str
+    count: int
+    make: Callable[[str, Values], Trial]
+    objectives: Sequence[Objective]
+    stopping: Stopping | None = None
+    concurrency: int | None = None
+
+
+def figure(outcome: Mapping[str, Any], name: str) -> float:
+    """A figure of a finished trial: of its last evaluation, or of the outcome itself."""
+    last = outcome["evaluations"][-1]
+    return float(last[name] if name in last else outcome[name])
+
+
+def reports(trial: Trial) -> list[dict[str, float]]:
+    """Held-out metrics of a trial, by rising step."""
+    return runs.read(trial.uri, REPORTS) or []
+
+
+def known(search: Search) -> list[Trial]:
+    """Trials that earlier runs of the search started, in that order."""
+    fs, root = storage.filesystem(search.uri)
+    fs.invalidate_cache()
+    names = sorted(path.rsplit("/", 2)[1] for path in fs.glob(f"{root}/trials/*/{VALUES}"))
+    return [search.make(name, runs.read(f"{search.uri}/trials/{name}", VALUES)) for name in names]
+
+
+def ended(trial: Trial) -> Result | None:
+    """How a trial ended in an earlier run; None while it has to go on."""
+    found = recorded(trial)
+    if found is None and (stop := runs.read(trial.uri, STOPPED)) is not None:
+        return Result(trial, "stopped", stop["reason"], None, None)
+    return found
+
+
+def run(
+    search: Search,
+    recipe: Recipe,
+    proposals: Proposals,
+    *,
+    started: Callable[[Trial, int], None],
+    over: Callable[[Result], None],
+    trainable: Callable[[dict[str, Any]], None] | None = None,
+    verbose: bool = False,
+) -> None:
+    """Run the trials of a search that have not ended; those of earlier runs are told first.
+
+    A failing trial does not stop the others. An interrupted search goes on when it is run again.
+
+    Args:
+        search: what is searched.
+        recipe: whose ``ray`` section says which cluster to use, and workers, CPUs and GPUs of one trial.
+        proposals: asked for the points.
+        started: told of every trial that starts, and how many may run at a time.
+        over: told of every trial that ended.
+        trainable: instead of training: gets ``name`` and ``uri`` of a trial, reports to Ray Tune and writes
+            ``result.json``.
+        verbose: show the logs of Ray and of the workers.
+
+    Raises:
+        RecipeError: the cluster cannot hold a trial, or a trial's folder is of another recipe.
+    """
+    scheduler = None if search.stopping is None else _asha(search.stopping)
+    waiting, past = [], 0
+    for trial in known(search):
+        runs.check_same(trial.uri, trial.recipe)
+        result = ended(trial)
+        if result is None:
+            waiting.append(trial)
+            continue
+        past += 1
+        _tell(proposals, search, result)
+        _replay(scheduler, result)
+        over(result)
+    if past >= search.count:
+        return
+    settings = recipe.ray
+    with cluster(recipe, verbose, dashboard=settings.num_workers > 1):
+        most = _capacity(recipe)
+        at_once = max(1, min(most, search.concurrency or most))
+        driver = _Driver(search, proposals, waiting, lambda trial: started(trial, at_once), over)
+        alone = settings.num_workers == 1
+        own = {"CPU": settings.cpus_per_worker} | (
+            {"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}
+        )
+        fs, root = storage.filesystem(search.uri)
+        scratch = f"{root}/ray"
+        try:
+            tune.Tuner(
+                tune.with_resources(trainable or _trainable, own if alone else DRIVER),
+                tune_config=tune.TuneConfig(
+                    search_alg=_Searcher(driver),
+                    scheduler=scheduler,
+                    num_samples=search.count - past,
+                    max_concurrent_trials=at_once,
+                    # A fresh process for each trial would spend seconds on imports.
+                    reuse_actors=alone,
+                ),
+                run_config=tune.RunConfig(
+                    name=f"attempt-{time.time_ns()}",
+                    storage_path=scratch,
+                    storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)),
+                    callbacks=[driver],
+                    verbose=0,
+                ),
+            ).fit()
+        finally:
+            if fs.exists(scratch):
+                fs.rm(scratch, recursive=True)
+    for trial in driver.stopped:
+        drop_checkpoints(trial.uri)
+
+
+def _capacity(recipe: Recipe) -> int:
+    """Trials that the cluster holds at a time."""
+    total, settings = ray.cluster_resources(), recipe.ray
+    held = total.get("CPU", 0) // (settings.num_workers * settings.cpus_per_worker)
+    if settings.gpus_per_worker:
+        held = min(held, total.get("GPU", 0) // (settings.num_workers * settings.gpus_per_worker))
+    return int(held)
+
+
+def _asha(stopping: Stopping) -> ASHAScheduler:
+    return ASHAScheduler(
+        time_attr="step",
+        metric=stopping.metric,
+        mode="max" if stopping.higher else "min",
+        max_t=stopping.last,
+        grace_period=stopping.first,
+        reduction_factor=stopping.factor,
+        # A trial that passed the last rung runs to its end and writes its result.
+        stop_last_trials=False,
+    )
+
+
+def _replay(scheduler: ASHAScheduler | None, result: Result) -> None:
+    """Let ASHA know what a trial of an earlier run reported, so that its rungs are what they were."""
+    if scheduler is None or result.status == "failed":
+        return
+    trial: Any = SimpleNamespace(trial_id=result.trial.name)
+    scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
+    for report in reports(result.trial):
+        scheduler.on_trial_result(None, trial, report)  # type: ignore[arg-type]
+
+
+def _tell(proposals: Proposals, search: Search, result: Result) -> None:
+    objective = search.objectives[0].name
+    values = None if result.outcome is None else [figure(result.outcome, o.name) for o in search.objectives]
+    on_the_way = [(int(r["step"]), r[objective]) for r in reports(result.trial) if objective in r]
+    proposals.tell(runs.read(result.trial.uri, VALUES), result.status, values, on_the_way)
+
+
+class _Driver(tune.Callback):
+    """The search in the driver: which trial is which, and what became of it."""
+
+    def __init__(
+        self,
+        search: Search,
+        proposals: Proposals,
+        waiting: Sequence[Trial],
+        started: Callable[[Trial], None],
+        over: Callable[[Result], None],
+    ) -> None:
+        self._search, self._proposals, self._waiting = search, proposals, list(waiting)
+        self._started, self._told = started, over
+        self._number = 1 + max((int(t.name.removeprefix("t")) for t in known(search)), default=0)
+        self._running: dict[str, Trial] = {}
+        self.stopped: list[Trial] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Ray Tune pickles its experiment for a restore, which nothing here makes
+
+    def next(self) -> Trial | None:
+        """The next trial to start, first those that were interrupted; None when the sampler has no more points."""
+        if self._waiting:
+            trial = self._waiting.pop(0)
+            self._proposals.resume(runs.read(trial.uri, VALUES))
+        else:
+            values = self._proposals.ask()
+            if values is None:
+                return None
+            trial = self._search.make(f"t{self._number:04d}", values)
+            self._number += 1
+            runs.record(RunInfo(trial.uri), trial.recipe)
+            write(trial.uri, VALUES, values)
+        self._running[trial.name] = trial
+        return trial
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._started(self._running[trial.config["name"]])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        own = self._running.pop(trial.config["name"])
+        result = ended(own)
+        if result is None:
+            step = int(trial.last_result.get("step", 0))
+            why = f"stopped early at step {step}: others were better by then"
+            write(own.uri, STOPPED, {"step": step, "reason": why})
+            result = Result(own, "stopped", why, None, None)
+            self.stopped.append(own)
+        self._over(result)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        own = self._running.pop(trial.config["name"])
+        error = trial.get_pickled_error() or RuntimeError("the worker is gone")
+        self._over(recorded(own) or Result(own, "failed", reason(error), None, None))
+
+    def _over(self, result: Result) -> None:
+        _tell(self._proposals, self._search, result)
+        self._told(result)
+
+
+class _Searcher(Searcher):
+    """Hands the driver's trials to Ray Tune, which needs their names and folders alone."""
+
+    def __init__(self, driver: _Driver) -> None:
+        super().__init__()
+        self._driver = driver
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = self._driver.next()
+        return Searcher.FINISHED if trial is None else {"name": trial.name, "uri": trial.uri}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The driver learns it as a callback, with the error."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """The folders of the trials are the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search goes on from the folders of its trials")
+
+
+# ---------------------------------------------------------------- in the trial's process
+
+
+def _trainable(config: dict[str, Any]) -> None:
+    # Travels by value, so that the library is imported in the process of the trial.
+    from hyperlora.tuning import train_trial
+
+    train_trial(config["uri"])
+
+
+def train_trial(uri: str) -> None:
+    """Train the trial in a folder and report its held-out metrics to Ray Tune, the last after ``result.json``."""
+    recipe = parse(runs.read(uri, "run.json")["recipe"])
+    torch.set_num_threads(max(1, int(recipe.ray.cpus_per_worker)))
+    with only_process(uri):
+        done = runs.read(uri, RESULT)
+        if done is None:
+            newest = max(map(checkpoint.step_of, checkpoint.committed(uri)), default=0)
+            kept = [r for r in runs.read(uri, REPORTS) or [] if r["step"] <= newest]
+            for report in kept:
+                tune.report(report)
+            sink = _Reports(uri, kept)
+            try:
+                if recipe.ray.num_workers == 1:
+                    training.train(recipe, RunInfo(uri), sink=training.Tee(sink, PeakMemory(uri)))
+                else:
+                    _train_workers(recipe, uri, sink)
+            except NonFiniteError as error:
+                write(uri, DIVERGED, {"reason": str(error)})
+                raise
+            drop_checkpoints(uri)
+            done = runs.read(uri, RESULT)
+    tune.report(done["evaluations"][-1] | {k: done[k] for k in ("rank_final", "training_seconds")})
+
+
+class _Reports(Silent):
+    """Reports every evaluation to Ray Tune, which may end the trial there, and keeps it in ``reports.json``.
+
+    The last evaluation is kept, and reported when the trial's result is written.
+    """
+
+    def __init__(self, uri: str, earlier: Sequence[dict[str, float]]) -> None:
+        self._uri, self._all = uri, list(earlier)
+        self._over = False
+
+    def phase(self, name: str) -> None:
+        self._over = name == "evaluating"
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        report = {"step": step, **{k: v for k, v in metrics.items() if not k.startswith("monitor/")}}
+        self._all.append(report)
+        write(self._uri, REPORTS, self._all)
+        if not self._over:
+            tune.report(report)
+
+
+def _train_workers(recipe: Recipe, uri: str, sink: _Reports) -> None:
+    """Train on several Ray Train workers; their evaluations are reported from this thread, which Ray Tune may end."""
+    events: queue.Queue[Callable[[], None]] = queue.Queue()
+    failures: list[BaseException] = []
+
+    class Relay(Silent):
+        def phase(self, name: str) -> None:
+            events.put(lambda: sink.phase(name))
+
+        def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+            events.put(lambda: sink.evaluation(step, metrics))
+
+    def work() -> None:
+        try:
+            run_workers(recipe, RunInfo(uri), Relay())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, name="workers", daemon=True)
+    thread.start()
+    while thread.is_alive() or not events.empty():
+        try:
+            events.get(timeout=0.5)()
+        except queue.Empty:
+            continue
+    if failures:
+        raise failures[0]

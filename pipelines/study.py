@@ -1,0 +1,403 @@
+"""``hyperlora study``: a designed experiment over a search space, with repeats, beside uniform LoRA.
+
+OUT/trials/pPOINT-seedSEED/, lora-lrLR-seedSEED/   what search.py keeps of a trial
+OUT/study.json, study.html                         the result, also while trials are missing
+OUT/trials.csv, trials.parquet                     all trials as a table
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from hyperlora import table, tracking
+from hyperlora.config import METHODS, Problem, Recipe, RecipeError
+from hyperlora.field import Entry, planned, rate
+from hyperlora.fingerprint import data_fingerprint, recipe_fingerprint
+from hyperlora.preflight import Estimate, inspect
+from hyperlora.search import Result, Trial, run
+from hyperlora.study import REFERENCE, analyse, measured, row
+from hyperlora.study_page import study_page
+from hyperlora.tasks import FAMILIES
+from pipelines import screens
+from pipelines.common import alone, load_recipe, number, owned, replace_text, write_json
+from pipelines.cost import Cost, probe
+from pipelines.progress import TrialsProgress
+from tune_spaces.design import DESIGNS, points_of
+from tune_spaces.reading import read_space
+from tune_spaces.space import BoundSpace, Space, Values, recipe_with
+
+FILES = ("study.html", "study.json", "trials.csv", "trials.parquet")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says, checked.
+
+    Attributes:
+        recipe: as a trial runs it.
+        tracked: the user's recipe, whose ``mlflow`` section holds.
+        rates: learning rates that uniform LoRA tries first; empty: it does not run.
+    """
+
+    recipe: Recipe
+    tracked: Recipe
+    space: Space
+    design: str
+    points: int
+    seeds: list[int]
+    metric: str
+    rates: list[float]
+    concurrency: int
+    out: Path
+    command: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that is decided before the first trial.
+
+    Attributes:
+        points: settings of the knobs.
+        reference: label and rank of uniform LoRA, and its recipe; None when it does not run.
+    """
+
+    options: Options
+    space: BoundSpace
+    points: list[Values]
+    reference: tuple[str, int, Recipe] | None
+    plan: dict[str, Any]
+
+    def wanted(self, done: Mapping[str, Result]) -> tuple[list[Trial], int]:
+        """Trials known to be wanted in the order to run them, and at least how many more will follow."""
+        trials, later = [], 0
+        if self.reference is not None:
+            records = [record(r.trial, r) for r in done.values() if isinstance(r.trial.key, Entry)]
+            entries, later = planned([REFERENCE], self.options.rates, self.options.seeds, records)
+            trials += [self._reference_trial(entry) for entry in entries]
+        for seed in self.options.seeds:
+            trials += [self._trial(n, values, seed) for n, values in enumerate(self.points)]
+        return trials, later
+
+    def _trial(self, n: int, values: Values, seed: int) -> Trial:
+        recipe = self.space.recipe_at(values).model_copy(update={"seed": seed})
+        name = f"p{n:03d}-seed{seed}"
+        return Trial(name, self._uri(name), recipe, (n, values))
+
+    def _reference_trial(self, entry: Entry) -> Trial:
+        assert self.reference is not None
+        recipe = recipe_with(self.reference[2], {"optimizer.lr": entry.lr, "seed": entry.seed})
+        return Trial(entry.name, self._uri(entry.name), recipe, entry)
+
+    def _uri(self, name: str) -> str:
+        return str(self.options.out / "trials" / name)
+
+
+def record(trial: Trial, result: Result | None) -> dict[str, Any]:
+    """A trial as the analysis reads it."""
+    base = {
+        "trial": trial.name,
+        "seed": trial.recipe.seed,
+        "status": result.status if result else "missing",
+        "reason": result.reason if result else None,
+        "outcome": result.outcome if result else None,
+        "peak_memory_bytes": result.peak_memory_bytes if result else None,
+    }
+    if isinstance(trial.key, Entry):
+        entry = trial.key
+        values = {"optimizer.lr": entry.lr}
+        base |= {"contestant": entry.contestant, "lr": entry.lr, "stage": entry.stage}
+        return base | {"kind": "reference", "point": None, "values": values}
+    n, values = trial.key
+    return base | {"kind": "point", "point": n, "values": values}
+
+
+def main(args: Namespace, console: Console) -> int:
+    """Validate, show the cost, run what is missing, and write the result; returns the exit status."""
+    options = _resolve(args)
+    with console.status("checking recipe, data and model"):
+        estimate = inspect(options.recipe)
+        study = _decide(options, estimate)
+    cost = None
+    if options.recipe.ray.address is None:
+        with console.status("timing a few steps"):
+            cost = probe(options.recipe)
+    trials, later = study.wanted({})
+    console.print(screens.study_plan(study.plan, estimate, len(trials) + later, _hours(study, cost), str(options.out)))
+    if args.dry_run:
+        write_json(args.json, study.plan | {"trials": len(trials) + later, "seconds": _hours(study, cost)})
+        return 0
+    with owned(options.out, "study"), _tracked(study) as (log, finish):
+        result = _run(study, console, args.verbose, log)
+        finish(result)
+    screens.study_summary(console, result, options.out)
+    write_json(args.json, result)
+    return 0 if result["complete"] else 1
+
+
+# ---------------------------------------------------------------- before anything runs
+
+
+def _resolve(args: Namespace) -> Options:
+    """Everything that the command line says.
+
+    Raises:
+        RecipeError: with all that is wrong with options, recipe and space.
+    """
+    problems: list[Problem] = []
+    recipe, space, rates = None, None, []
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+    except RecipeError as error:
+        problems += error.problems
+    try:
+        space = read_space(args.space)
+    except RecipeError as error:
+        problems += error.problems
+    if args.lora_lrs != "none":
+        allowed = "learning rates above 0, or none"
+        rates = [rate(number("--lora-lrs", t, float, allowed, problems)) for t in args.lora_lrs.split(",")]
+    seeds = number("--seeds", args.seeds, int, "a whole number of seeds, at least 1", problems)
+    points = number("--points", args.points, int, "a whole number of points, at least 1", problems)
+    concurrency = number("--concurrency", args.concurrency, int, "a whole number of trials, at least 1", problems)
+    if args.design not in DESIGNS:
+        problems.append(Problem("--design", args.design, f"allowed: {', '.join(DESIGNS)}"))
+    metric = args.metric
+    if recipe is not None:
+        names = dict.fromkeys((FAMILIES[recipe.task.kind].metric, "held_out_loss"))
+        metric = metric or next(iter(names))
+        if metric not in names:
+            problems.append(Problem("--metric", metric, f"allowed: {', '.join(names)}"))
+        if args.out is None and "://" in recipe.storage.uri:
+            problems.append(Problem("--out", None, f"a local folder: storage.uri is {recipe.storage.uri}"))
+    if problems:
+        raise RecipeError(problems)
+    assert recipe is not None
+    assert space is not None
+    out = Path(args.out or f"{recipe.storage.uri}/study-{recipe.name}-{space.name}").absolute()
+    words = ["hyperlora", "study", args.recipe, *args.overrides]
+    for option in ("space", "seeds", "design", "points", "metric", "lora-lrs", "concurrency", "out"):
+        if getattr(args, option.replace("-", "_")):
+            words += [f"--{option}", getattr(args, option.replace("-", "_"))]
+    return Options(
+        recipe=trial_recipe(recipe),
+        tracked=recipe,
+        space=space,
+        design=args.design,
+        points=points,
+        seeds=list(range(1, seeds + 1)),
+        metric=metric,
+        rates=sorted(set(rates)),
+        concurrency=concurrency,
+        out=out,
+        command=shlex.join(words),
+    )
+
+
+def trial_recipe(recipe: Recipe) -> Recipe:
+    """The recipe that all trials of a search start from: alone, the base model not evaluated again by each."""
+    training = recipe.training.model_copy(update={"eval_before": False})
+    # Heads and magnitudes learn at one rate whatever rate is varied.
+    other = recipe.optimizer.lr if recipe.optimizer.other_lr is None else recipe.optimizer.other_lr
+    optimizer = recipe.optimizer.model_copy(update={"other_lr": other})
+    return alone(recipe).model_copy(update={"training": training, "optimizer": optimizer})
+
+
+def _decide(options: Options, estimate: Estimate) -> Study:
+    """The points, and uniform LoRA.
+
+    Raises:
+        RecipeError: the space does not fit the recipe, or LoRA cannot run with it.
+    """
+    space = options.space.bind(options.recipe, estimate)
+    points = points_of(space, options.design, options.points)  # type: ignore[arg-type]
+    reference = None
+    if options.rates and METHODS[options.recipe.method].singular_values:
+        reference = _uniform_lora(options.recipe)
+        inspect(reference[2])
+    plan = {
+        "name": options.recipe.name,
+        "command": options.command,
+        "space": options.space.name,
+        "design": options.design,
+        "metric": options.metric,
+        "steps": estimate.steps,
+        "seeds": options.seeds,
+        "points": points,
+        "parameters": parameters(space),
+        "reference": None if reference is None else {"label": reference[0], "rank": reference[1]},
+        "recipe": options.recipe.model_dump(mode="json"),
+        "provenance": provenance(options.recipe),
+    }
+    return Study(options, space, points, reference, plan)
+
+
+def _uniform_lora(recipe: Recipe) -> tuple[str, int, Recipe]:
+    """Plain LoRA with the rank that pruning ends at, or the next whole one above, at the same alpha/rank."""
+    rank = math.ceil(recipe.target_rank)
+    alpha = recipe.adapter.alpha * rank / recipe.adapter.rank
+    values = {"method": "lora", "adapter.rank": rank, "adapter.alpha": alpha, "adapter.target_rank": None}
+    values |= {"hypernetwork.init_from": None, "hypernetwork.freeze": "none"}  # it has no hypernetwork to start from
+    return f"uniform LoRA of rank {rank}", rank, recipe_with(recipe, values)
+
+
+def parameters(space: BoundSpace) -> list[dict[str, Any]]:
+    """The knobs as the analysis reads them."""
+    fields = ("key", "label", "choices", "low", "high", "log", "integer", "default")
+    return [{name: getattr(domain, name) for name in fields} for domain in space.domains]
+
+
+def provenance(recipe: Recipe) -> dict[str, Any]:
+    """Where a search's numbers come from."""
+    git = tracking.git_state()
+    return {
+        "recipe_fingerprint": recipe_fingerprint(recipe),
+        "data_fingerprint": data_fingerprint(recipe),
+        "versions": tracking.versions(),
+        "git": {k.removeprefix("git."): v for k, v in git.items()},
+        "machine": tracking.machine(),
+    }
+
+
+def fingerprints(plan: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of a search's MLflow runs."""
+    return {f"hyperlora.{k}": plan["provenance"][k] for k in ("recipe_fingerprint", "data_fingerprint")}
+
+
+def _hours(study: Study, cost: Cost | None) -> float | None:
+    """Seconds that all trials will take; None when no step was timed."""
+    if cost is None:
+        return None
+    trials, later = study.wanted({})
+    evaluations = 1 + (study.plan["steps"] - 1) // (study.options.recipe.training.eval_every or study.plan["steps"])
+    each = cost.seconds(study.plan["steps"], evaluations)
+    return each * (len(trials) + later) / study.options.concurrency
+
+
+# ---------------------------------------------------------------- running
+
+Log = Callable[[Result], None]
+Finish = Callable[[Mapping[str, Any]], None]
+
+
+@contextmanager
+def _tracked(study: Study) -> Iterator[tuple[Log, Finish]]:
+    """The study's MLflow run, if there is to be one; yields what logs a trial and what logs the whole result."""
+    recipe, out, plan = study.options.tracked.with_absolute_paths(), study.options.out, study.plan
+    if not recipe.mlflow.enabled:
+        yield lambda result: None, lambda result: None
+        return
+    params = {k: plan[k] for k in ("command", "space", "design", "metric", "steps", "seeds")}
+    tags = fingerprints(plan)
+    parent = tracking.start_search(recipe, str(out), out.name, params, "study", tags)
+
+    def log(result: Result) -> None:
+        entry = record(result.trial, result)
+        content = {k: entry[k] for k in ("status", "reason", "outcome")} | {"uri": result.trial.uri, "reports": []}
+        trial = result.trial.recipe.model_copy(update={"mlflow": recipe.mlflow})
+        own = tags | {"hyperlora.recipe_fingerprint": recipe_fingerprint(trial)}
+        tracking.log_trial(trial, parent, result.trial.name, entry["values"], content, own)
+
+    def finish(result: Mapping[str, Any]) -> None:
+        status = "FINISHED" if result["complete"] else "KILLED"
+        tracking.finish_search(recipe, parent, _figures(result), [out / name for name in FILES], status)
+
+    try:
+        yield log, finish
+    except BaseException as error:
+        tracking.fail(recipe, parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+
+
+def _figures(result: Mapping[str, Any]) -> dict[str, float]:
+    """The study's own numbers for MLflow."""
+    found = {f"importance/{key}": share["mean"] for key, share in result["importances"].items()}
+    for e in result["effects"]:
+        found |= {f"effect/{e['key']}": e["effect"]["mean"]} if e["effect"]["mean"] is not None else {}
+    if result["dynamic_rank"] is not None:
+        found["dynamic_rank_against_lora"] = result["dynamic_rank"]["chosen"]["mean"]
+    return found
+
+
+def _run(study: Study, console: Console, verbose: bool, log: Log) -> dict[str, Any]:
+    """Run the trials that are missing, with the partial result on disk after each; returns the whole result."""
+    done: dict[str, Result] = {}
+    running: set[str] = set()
+    # Analysing and drawing take time from the trials: a tenth of one core at most.
+    next_writing = 0.0
+    options = study.options
+    progress = TrialsProgress(console, options.concurrency)
+
+    def show() -> None:
+        trials, later = study.wanted(done)
+        failed = sum(r.status == "failed" for r in done.values())
+        progress.show(len(done), len(trials) + later, len(running), failed, _best(done, options.metric))
+
+    def started(trial: Trial) -> None:
+        running.add(trial.name)
+        show()
+
+    results = run(
+        lambda known: study.wanted(known)[0], options.recipe, options.concurrency, started=started, verbose=verbose
+    )
+    try:
+        with closing(results):
+            for result in results:
+                name = result.trial.name
+                done[name] = result
+                fresh = name in running
+                running.discard(name)
+                if result.outcome is not None:
+                    progress.ended(result.outcome["loop_seconds"])
+                log(result)
+                show()
+                if fresh:
+                    progress.line(_line(result, options.metric))
+                    if (began := time.monotonic()) >= next_writing:
+                        _write(study, done)
+                        next_writing = began + 10 * (time.monotonic() - began)
+    except KeyboardInterrupt:
+        _write(study, done)
+        raise
+    else:
+        return _write(study, done)
+    finally:
+        progress.close()
+
+
+def _best(done: Mapping[str, Result], metric: str) -> str:
+    """The trial with the best metric so far."""
+    values = {name: measured(r.outcome, metric) for name, r in done.items() if r.outcome is not None}
+    name = max(values, key=lambda n: values[n][0] if values[n][1] else -values[n][0], default=None)
+    return "" if name is None else f"best {name} {values[name][0]:.4f}"
+
+
+def _line(result: Result, metric: str) -> str:
+    if result.outcome is None:
+        return f"[red]{result.trial.name} failed[/]: {escape(str(result.reason))}"
+    value = measured(result.outcome, metric)[0]
+    return f"{result.trial.name}: {metric.replace('_', ' ')} {value:.4f}  {result.outcome['training_seconds']:.0f} s"
+
+
+def _write(study: Study, done: Mapping[str, Result]) -> dict[str, Any]:
+    """Analyse what there is and write page, JSON and tables."""
+    out = study.options.out
+    records = [record(trial, done.get(trial.name)) for trial in study.wanted(done)[0]]
+    result = analyse(records, study.plan)
+    replace_text(out / "study.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    replace_text(out / "study.html", study_page(result))
+    for name, content in table.files([row(r, study.options.metric) for r in records]).items():
+        (out / f".{name}.new").write_bytes(content)
+        (out / f".{name}.new").replace(out / name)
+    return result

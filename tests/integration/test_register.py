@@ -1,0 +1,149 @@
+"""Into MLflow's registry and back: a real database, plain PEFT, champion and challenger."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import small_recipe
+from mlflow import MlflowClient
+from peft import PeftModel
+
+from hyperlora.adapters import build_base, load_tokenizer
+from hyperlora.config import parse
+from hyperlora.tasks import build_task
+from pipelines.cli import main
+
+
+def command(*words: str, folder: Path) -> dict[str, Any]:
+    summary = folder / "summary.json"
+    assert main([*words, "--json", str(summary)]) == 0
+    return json.loads(summary.read_text())
+
+
+def train(folder: Path, name: str, **changes: Any) -> str:
+    """A finished run on the model that ships; its folder."""
+    content = small_recipe(folder) | {"name": name, "model": {"path": "builtin:storylm"}}
+    content["training"] |= {"steps": 8, "eval_before": False}
+    for key, value in changes.items():
+        section, _, field = key.partition("__")
+        content[section] |= {field: value}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return str(Path(command("train", str(folder / f"{name}.yaml"), folder=folder)["adapter"]).parent)
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]], dict[str, str]]:
+    """A barely trained run, a better one, one that is worse again, and one with other held-out rows."""
+    folder = tmp_path_factory.mktemp("registry")
+    sources = {
+        "first": train(folder, "first", training__steps=2),
+        "better": train(folder, "better", training__steps=8),
+        "worse": train(folder, "worse", training__steps=2),
+        "other": train(folder, "other", data__eval_rows=6),
+    }
+    found = {}
+    for name, source in sources.items():
+        options = ("--name", "arithmetic", "--metric", "held_out_loss")
+        found[name] = command("register", source, *options, folder=folder)
+    return folder, found, sources
+
+
+def test_only_a_better_version_becomes_champion(registered: tuple[Path, dict[str, dict[str, Any]], Any]) -> None:
+    folder, found, _ = registered
+    assert {name: (r["version"], r["alias"]) for name, r in found.items()} == {
+        "first": (1, "champion"),
+        "better": (2, "champion"),
+        "worse": (3, "challenger"),
+        "other": (4, "challenger"),
+    }
+    assert found["better"]["value"] < found["first"]["value"]
+    assert "does not beat" in found["worse"]["reason"]
+    assert "on other rows" in found["other"]["reason"]
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    assert client.get_model_version_by_alias("arithmetic", "champion").version == 2
+    assert client.get_model_version_by_alias("arithmetic", "challenger").version == 4
+    assert "| held out loss |" in client.get_model_version("arithmetic", "2").description
+    files = client.list_artifacts(found["better"]["mlflow_run_id"], "adapter")
+    names = {f.path.removeprefix("adapter/") for f in files}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", "registration.json"}
+
+
+def test_pulled_it_is_a_plain_adapter_with_the_registered_metric(
+    registered: tuple[Path, dict[str, dict[str, Any]], Any],
+) -> None:
+    folder, found, _ = registered
+    tracking = ("--tracking-uri", f"sqlite:///{folder / 'mlflow.db'}")
+    record = command("pull", "models:/arithmetic@champion", str(folder / "pulled"), *tracking, folder=folder)
+    assert record["version"] == 2
+    recipe = parse(json.loads((folder / "pulled/registration.json").read_text())["recipe"])
+    tokenizer = load_tokenizer(recipe.model)
+    task = build_task(recipe, tokenizer)
+    base, other = (build_base(recipe, tokenizer, None) for _ in range(2))
+    values = []
+    for model in (base, PeftModel.from_pretrained(other, str(folder / "pulled"))):
+        rows = [task.held_out[n] for n in range(len(task.held_out))]
+        with torch.no_grad():
+            sums = task.metric_sums(model.eval(), rows, torch.device("cpu")).tolist()
+        values.append(sums[0] / sums[1])
+    assert values[1] == pytest.approx(found["better"]["value"], abs=1e-5)
+    assert abs(values[0] - values[1]) > 0.01
+    by_version = command("pull", "models:/arithmetic/1", str(folder / "one"), *tracking, folder=folder)
+    assert by_version["value"] == found["first"]["value"]
+
+
+def test_changed_files_are_refused(registered: tuple[Path, dict[str, dict[str, Any]], Any], capfd: Any) -> None:
+    folder, found, _ = registered
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    run = MlflowClient(uri).get_run(found["worse"]["mlflow_run_id"])
+    file = Path(run.info.artifact_uri.removeprefix("file://")) / "adapter/adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    target = folder / "changed"
+    assert main(["pull", "models:/arithmetic/3", str(target), "--tracking-uri", uri]) == 2
+    assert "adapter_model.safetensors is not the file that was registered" in " ".join(capfd.readouterr().err.split())
+    assert not target.exists()
+
+
+def test_a_search_gives_its_best_trial_or_the_smallest_that_is_good_enough(
+    registered: tuple[Path, Any, dict[str, str]],
+) -> None:
+    """A search's folder by hand: two trials, the better one larger."""
+    folder, _, sources = registered
+    search = folder / "search"
+    (search / "trials").mkdir(parents=True)
+    outcomes = {}
+    for trial, source in (("t0001", "better"), ("t0002", "first")):
+        (search / "trials" / trial).symlink_to(sources[source])
+        outcomes[trial] = json.loads((Path(sources[source]) / "result.json").read_text())
+    larger = json.loads((Path(sources["better"]) / "result.json").read_text())
+    larger["adapter_parameters_final"] = outcomes["t0002"]["adapter_parameters_final"] + 1
+    (Path(sources["better"]) / "result.json").write_text(json.dumps(larger))
+    measured = [{"trial": t, "status": "finished"} for t in outcomes] + [{"trial": "t0003", "status": "stopped"}]
+    (search / "tune.json").write_text(json.dumps({"metric": "held_out_loss", "measured": measured}))
+    loss = {t: o["held_out_loss_after"] for t, o in outcomes.items()}
+    gap = loss["t0002"] - loss["t0001"]
+    assert gap > 0
+    for margin, wanted in ((None, "t0001"), (gap * 0.9, "t0001"), (gap * 1.1, "t0002")):
+        more = () if margin is None else ("--non-inferior", str(margin))
+        done = command("register", str(search), "--name", "searched", *more, folder=folder)
+        assert done["run"].endswith(wanted)
+
+
+def test_all_problems_at_once(tmp_path: Path, capfd: Any) -> None:
+    words = ["register", "s3://key:topsecret@host/x", "--name", "a/b", "--non-inferior", "-1"]
+    assert main(words) == 2
+    message = " ".join(capfd.readouterr().err.split())
+    assert "3 problems" in message
+    assert "topsecret" not in message
+    assert main(["register", str(tmp_path), "--name", "x"]) == 2
+    assert "the folder of a finished run, study or search" in " ".join(capfd.readouterr().err.split())
+    database = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for model in ("arithmetic", "models:/none@champion", "models:/none/1"):
+        assert main(["pull", model, str(tmp_path / "x"), "--tracking-uri", database]) == 2
+        assert f"MODEL: got '{model}'" in " ".join(capfd.readouterr().err.split())

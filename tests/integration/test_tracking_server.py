@@ -1,0 +1,149 @@
+"""A real MLflow server that goes away and comes back: every metric once, in order, in one run."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from hyperlora import spool
+from hyperlora.tracking import MLflowSink
+from pipelines.cli import main
+
+
+class Server:
+    """An ``mlflow server`` on SQLite that can be stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self._folder}/server.db", "--workers", "1"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline, "the server does not start"
+                time.sleep(0.2)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(60)
+            self._process = None
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.1", self.port), timeout=1)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    server = Server(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+def history(server: Server, run_id: str, key: str) -> list[tuple[int, float]]:
+    """Steps and values of a metric in the order of their times."""
+    found = MlflowClient(server.uri).get_metric_history(run_id, key)
+    return [(m.step, m.value) for m in sorted(found, key=lambda m: (m.timestamp, m.step))]
+
+
+def report(sink: MLflowSink, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        sink.step(step, {"loss": 1 / step, "grad_norm": float(step)})
+        if step % 5 == 0:
+            sink.evaluation(step, {"held_out_loss": 2 / step})
+
+
+def test_metrics_outlive_the_server_and_the_process(server: Server) -> None:
+    client = MlflowClient(server.uri)
+    run_id = client.create_run("0").info.run_id
+    sink = MLflowSink(server.uri, run_id, interval=0.05)
+    report(sink, 1, 5)
+    sink.flush()
+    assert history(server, run_id, "loss") == [(n, 1 / n) for n in range(1, 6)]
+    server.stop()
+    report(sink, 6, 10)
+    sink.warning("gradient", 9, "it explodes")
+    sink.close()
+    (waiting,) = spool.folder().iterdir()
+    assert len(waiting.read_text().splitlines()) == 7
+    # Another process goes on from a checkpoint of step 7 while the server is still away.
+    again = MLflowSink(server.uri, run_id, interval=0.05)
+    report(again, 8, 12)
+    server.start()
+    again.close()
+    assert history(server, run_id, "loss") == [(n, 1 / n) for n in range(1, 13)]
+    assert history(server, run_id, "grad_norm") == [(n, float(n)) for n in range(1, 13)]
+    assert history(server, run_id, "held_out_loss") == [(5, 2 / 5), (10, 2 / 10)]
+    assert client.get_run(run_id).data.tags["hyperlora.warning.gradient"] == "step 9: it explodes"
+    assert not list(spool.folder().iterdir())
+
+
+def test_a_process_without_the_queue_adds_nothing_twice(server: Server) -> None:
+    run_id = MlflowClient(server.uri).create_run("0").info.run_id
+    for first, last in ((1, 6), (4, 9)):
+        sink = MLflowSink(server.uri, run_id, interval=0.05)
+        report(sink, first, last)
+        sink.close()
+    assert history(server, run_id, "loss") == [(n, 1 / n) for n in range(1, 10)]
+
+
+def test_training_goes_on_while_the_server_is_away(recipe_file: Path, tmp_path: Path, server: Server) -> None:
+    client, away = MlflowClient(server.uri), threading.Event()
+
+    def interrupt() -> None:
+        while not client.search_runs(["0"], "metrics.loss > 0"):
+            time.sleep(0.05)
+        server.stop()
+        away.set()
+        time.sleep(3)
+        server.start()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    changes = ["mlflow.enabled=true", f"mlflow.tracking_uri={server.uri}", "mlflow.experiment=Default"]
+    summary = tmp_path / "summary.json"
+    assert (
+        main(
+            [
+                "train",
+                str(recipe_file),
+                *changes,
+                "training.steps=200",
+                "training.checkpoint_every=50",
+                "--json",
+                str(summary),
+            ]
+        )
+        == 0
+    )
+    thread.join()
+    assert away.is_set()
+    outcome = json.loads(summary.read_text())
+    run_id, (run,) = outcome["mlflow_run_id"], (tmp_path / "runs").iterdir()
+    # What the end of the training could not deliver waits for the next process.
+    MLflowSink(server.uri, run_id).close()
+    losses = json.loads((run / "result.json").read_text())["losses"]
+    assert history(server, run_id, "loss") == list(enumerate(losses, 1))

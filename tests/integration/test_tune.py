@@ -1,0 +1,161 @@
+"""A search with a real Ray Tune: early stopping, failures, kills, interruption, several workers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import small_recipe
+from mlflow import MlflowClient
+
+from pipelines.cli import main
+
+
+def prepare(folder: Path, **training: Any) -> list[str]:
+    recipe = small_recipe(folder)
+    recipe["training"] |= training
+    (folder / "small.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    options = ["--space", "smoke", "--metric", "held_out_loss", "--out", str(folder / "out")]
+    return ["tune", str(folder / "small.yaml"), *options]
+
+
+def finished(out: Path) -> dict[str, int]:
+    """When every trial that needs no more work ended."""
+    names = ("result.json", "stopped.json")
+    return {p.parent.name: p.stat().st_mtime_ns for name in names for p in out.glob(f"trials/*/{name}")}
+
+
+def tune(command: list[str], folder: Path) -> dict[str, Any]:
+    assert main([*command, "--json", str(folder / "summary.json")]) == 0
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_trials_are_stopped_early_and_the_best_is_kept(tmp_path: Path) -> None:
+    result = tune([*prepare(tmp_path), "mlflow.enabled=true", "--trials", "6"], tmp_path)
+    assert result["complete"]
+    assert len(result["measured"]) == 6
+    assert result["counts"]["stopped"] > 0
+    assert 0 < result["steps_spent"] < result["steps_without_stopping"] == 120
+    for t in result["measured"]:
+        if t["status"] == "stopped":
+            assert 0 < t["steps"] < 20
+            assert not list(tmp_path.glob(f"out/trials/{t['trial']}/checkpoints/*"))
+    best = min((t for t in result["measured"] if t["status"] == "finished"), key=lambda t: t["metric"])
+    assert result["best"]["trial"] == best["trial"]
+    outcome = json.loads((tmp_path / f"out/trials/{best['trial']}/result.json").read_text())
+    assert outcome["held_out_loss_after"] == best["metric"]
+    assert "<svg" in (tmp_path / "out/tune.html").read_text()
+    before = finished(tmp_path / "out")
+    again = tune([*prepare(tmp_path), "mlflow.enabled=true", "--trials", "7"], tmp_path)
+    assert before.items() <= finished(tmp_path / "out").items(), "what has ended is not repeated"
+    assert len(again["measured"]) == 7
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("hyperlora").experiment_id], max_results=100)
+    (parent,) = (r for r in runs if r.data.tags.get("hyperlora.kind") == "tuning")
+    nested = {r.data.tags["hyperlora.trial"]: r for r in runs if "hyperlora.trial" in r.data.tags}
+    assert len(runs) == 8
+    assert {r.data.tags["mlflow.parentRunId"] for r in nested.values()} == {parent.info.run_id}
+    assert parent.data.metrics["best"] == again["best"]["metric"]
+    for t in again["measured"]:
+        assert nested[t["trial"]].data.tags["hyperlora.status"] == t["status"]
+        assert nested[t["trial"]].data.params["optimizer.lr"] == str(t["values"]["optimizer.lr"])
+        assert nested[t["trial"]].data.metrics["held_out_loss"] == pytest.approx(t["metric"])
+    assert {f.path for f in client.list_artifacts(parent.info.run_id)} >= {"tune.html", "tune.json", "trials.parquet"}
+
+
+def start(command: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "pipelines.cli", *command], start_new_session=True)
+
+
+def wait_for_work(process: subprocess.Popen[bytes], out: Path) -> dict[str, list[float]]:
+    """Until a trial has ended and another has a checkpoint; times of that one's steps."""
+    deadline = time.monotonic() + 500
+    while time.monotonic() < deadline:
+        assert process.poll() is None
+        for marker in out.glob("trials/*/checkpoints/*/COMMIT"):
+            name = marker.parents[2].name
+            if finished(out) and name not in finished(out):
+                with contextlib.suppress(FileNotFoundError):
+                    return {name: json.loads((marker.parent / "trainer.json").read_text())["step_seconds"]}
+        time.sleep(0.05)
+    raise AssertionError("not halfway in minutes")
+
+
+def test_killed_and_taken_up_again(tmp_path: Path) -> None:
+    """Driver, Ray and trials die at once; the same command ends the search."""
+    command = [*prepare(tmp_path, steps=30), "--trials", "4", "--stop-on", "none"]
+    process = start(command)
+    try:
+        wait_for_work(process, tmp_path / "out")
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGKILL)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
+    before, interrupted = finished(tmp_path / "out"), {}
+    for marker in sorted(tmp_path.glob("out/trials/*/checkpoints/*/COMMIT")):
+        if (name := marker.parents[2].name) not in before:
+            interrupted[name] = json.loads((marker.parent / "trainer.json").read_text())["step_seconds"]
+    assert interrupted
+    result = tune(command, tmp_path)
+    assert before.items() <= finished(tmp_path / "out").items(), "finished trials are not repeated"
+    assert len(result["measured"]) == 4
+    assert result["counts"]["finished"] == 4
+    for name, seconds in interrupted.items():
+        outcome = json.loads((tmp_path / f"out/trials/{name}/result.json").read_text())
+        assert outcome["step_seconds"][: len(seconds)] == seconds, "an interrupted trial goes on from its checkpoint"
+
+
+def test_interrupted_it_leaves_a_report(tmp_path: Path) -> None:
+    command = [*prepare(tmp_path, steps=30), "--trials", "20", "--stop-on", "none"]
+    process = start(command)
+    wait_for_work(process, tmp_path / "out")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    result = json.loads((tmp_path / "out/tune.json").read_text())
+    assert not result["complete"]
+    assert result["missing"]
+    assert "This result is partial" in (tmp_path / "out/tune.html").read_text()
+
+
+def test_a_failing_trial_is_marked_and_stops_nothing(tmp_path: Path) -> None:
+    content = {"name": "wild", "parameters": [{"key": "optimizer.lambda_ratio", "choices": [1.0, 1e200]}]}
+    (tmp_path / "wild.yaml").write_text(yaml.safe_dump(content))
+    command = prepare(tmp_path)
+    command[command.index("smoke")] = str(tmp_path / "wild.yaml")
+    result = tune([*command, "method=adalora", "--trials", "2", "--sampler", "grid"], tmp_path)
+    (failure,) = result["failed"]
+    assert "gradient norm" in failure["reason"]
+    assert result["counts"]["finished"] == 1
+    assert result["complete"]
+
+
+def test_trials_of_several_workers_and_objectives(tmp_path: Path) -> None:
+    """Each nests a trainer of two workers, as many at a time as the machine holds."""
+    options = ["--trials", "2", "--workers", "2", "--objectives", "metric,rank"]
+    result = tune([*prepare(tmp_path), *options], tmp_path)
+    assert result["counts"]["finished"] == 2
+    for t in result["measured"]:
+        assert json.loads((tmp_path / f"out/trials/{t['trial']}/result.json").read_text())["workers"] == 2
+        assert "adapter.target_rank" in t["values"]
+    assert any(t["front"] for t in result["measured"])
+
+
+def test_all_problems_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    options = ["--trials", "0", "--sampler", "luck", "--objectives", "rank", "--stop-on", "x", "--workers", "3"]
+    assert main([*prepare(tmp_path), *options]) == 2
+    message = " ".join(capfd.readouterr().err.split())
+    for option in ("--trials", "--sampler", "--objectives", "--stop-on", "--workers"):
+        assert f"{option}: got" in message

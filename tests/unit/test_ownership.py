@@ -1,0 +1,117 @@
+"""One writer a run: who is refused, who takes over, who is fenced."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hyperlora import ownership, storage
+from hyperlora.ownership import Lease, OwnedElsewhereError, ReplacedError
+
+HOLDER = """
+import sys, time
+from hyperlora.ownership import Lease
+print(Lease(sys.argv[1]).owner, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "RENEWAL", 0.5)
+    monkeypatch.setattr(ownership, "LEASE", 4.0)
+
+
+def test_the_second_is_refused_until_the_first_lets_go(tmp_path: Path) -> None:
+    with Lease(str(tmp_path)) as first:
+        ownership.check(str(tmp_path), first.owner)
+        with pytest.raises(OwnedElsewhereError, match=f"process {os.getpid()}"):
+            Lease(str(tmp_path))
+        ownership.check(str(tmp_path), first.owner)
+    with Lease(str(tmp_path)) as second:
+        assert ownership.number(second.owner) == ownership.number(first.owner) + 1
+        with pytest.raises(ReplacedError, match="taken over by another process"):
+            ownership.check(str(tmp_path), first.owner)
+    assert len(list((tmp_path / "owners").iterdir())) == 1
+
+
+def test_a_killed_process_is_followed_at_once(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    owner = process.stdout.readline().strip()
+    with pytest.raises(OwnedElsewhereError, match=f"process {process.pid}"):
+        Lease(str(tmp_path))
+    process.send_signal(signal.SIGKILL)
+    # Not even waited for: what is dead and not buried has no claim.
+    while ownership._started(process.pid) is not None:
+        time.sleep(0.01)
+    started = time.monotonic()
+    with Lease(str(tmp_path)) as lease:
+        assert time.monotonic() - started < ownership.LEASE / 2
+        assert ownership.number(lease.owner) == ownership.number(owner) + 1
+    process.communicate()
+
+
+def elsewhere(run: Path, owner: str) -> Path:
+    """Make a claim look like one of another machine, whose processes nobody here can see."""
+    claim = run / f"owners/{owner}.json"
+    claim.write_text(json.dumps(json.loads(claim.read_text()) | {"machine": "other", "host": "far"}))
+    return claim
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_silent_claim_of_another_machine_is_waited_out(tmp_path: Path) -> None:
+    lease = Lease(str(tmp_path))
+    lease._over.set()
+    lease._thread.join()
+    elsewhere(tmp_path, lease.owner)
+    started = time.monotonic()
+    with Lease(str(tmp_path)):
+        assert time.monotonic() - started >= 4.0
+        with pytest.raises(ReplacedError):
+            ownership.check(str(tmp_path), lease.owner)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_renewed_claim_of_another_machine_is_respected(tmp_path: Path) -> None:
+    with Lease(str(tmp_path)) as lease:
+        lease._content |= {"machine": "other", "host": "far"}
+        elsewhere(tmp_path, lease.owner)
+        with pytest.raises(OwnedElsewhereError, match="far, process"):
+            Lease(str(tmp_path))
+
+
+def test_of_many_at_once_at_most_one_is_let_in(tmp_path: Path) -> None:
+    for attempt in range(5):
+        start, won = threading.Barrier(6), []
+
+        def race(run: str, start: threading.Barrier = start, won: list[Lease] = won) -> None:
+            start.wait()
+            try:
+                won.append(Lease(run))
+            except OwnedElsewhereError:
+                return
+
+        threads = [threading.Thread(target=race, args=(f"{tmp_path}/{attempt}",)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) <= 1
+        for lease in won:
+            ownership.check(f"{tmp_path}/{attempt}", lease.owner)
+            lease.release()
+
+
+def test_a_damaged_claim_blocks_nobody(tmp_path: Path) -> None:
+    storage.write(f"{tmp_path}/owners/00000007-00c0ffee.json", b"{")
+    with Lease(str(tmp_path)) as lease:
+        assert ownership.number(lease.owner) == 8

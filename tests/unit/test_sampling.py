@@ -1,0 +1,163 @@
+"""Proposals: as good as plain Optuna's, never infeasible, never twice."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+
+from hyperlora.sampling import Objective, Proposals, Searched
+
+PARAMETERS = [
+    {"key": "x", "choices": (), "low": 1e-4, "high": 1.0, "log": True, "integer": False},
+    {"key": "n", "choices": (), "low": 1, "high": 64, "log": True, "integer": True},
+    {"key": "kind", "choices": ("a", "b", "c")},
+]
+PARAMETERS[2] |= {"low": 0, "high": 0, "log": False, "integer": False}
+
+
+def suggest(trial: optuna.Trial) -> dict[str, Any]:
+    return {
+        "x": trial.suggest_float("x", 1e-4, 1.0, log=True),
+        "n": trial.suggest_int("n", 1, 64, log=True),
+        "kind": trial.suggest_categorical("kind", ("a", "b", "c")),
+    }
+
+
+def loss(values: dict[str, Any]) -> float:
+    """Lowest, 0, at x = 0.01, n = 8, kind b."""
+    return (math.log10(values["x"]) + 2) ** 2 + 0.3 * (math.log2(values["n"]) - 3) ** 2 + 1.0 * (values["kind"] != "b")
+
+
+def searched(infeasible: Any = lambda values: None, **more: Any) -> Searched:
+    return Searched(PARAMETERS, suggest, infeasible, **more)
+
+
+def proposals(sampler: Any = "tpe", seed: int = 0, **more: Any) -> Proposals:
+    return Proposals(sampler, searched(**more), [Objective("loss", False)], seed)
+
+
+def run(source: Proposals, count: int) -> list[float]:
+    found = []
+    for _ in range(count):
+        values = source.ask()
+        assert values is not None
+        found.append(loss(values))
+        source.tell(values, "finished", [found[-1]])
+    return found
+
+
+def test_a_planted_optimum_is_found_as_fast_as_by_plain_optuna() -> None:
+    """With the same seed even by the same points."""
+    for seed in range(3):
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+        study.optimize(lambda trial: loss(suggest(trial)), n_trials=60)
+        plain = [t.value for t in study.trials]
+        ours = run(proposals(seed=seed), 60)
+        assert ours == pytest.approx(plain)
+        assert min(ours) < 0.1
+
+
+def test_tpe_is_better_than_chance() -> None:
+    tpe = [min(run(proposals(seed=s), 50)) for s in range(5)]
+    random = [min(run(proposals("random", seed=s), 50)) for s in range(5)]
+    assert np.median(tpe) < np.median(random) / 2
+
+
+def test_infeasible_points_are_not_proposed() -> None:
+    """Also where the optimum lies outside: the best feasible point is at the border, x = 0.03."""
+
+    def infeasible(values: dict[str, Any]) -> str | None:
+        return "x below 0.03" if values["x"] < 0.03 else None
+
+    source = proposals(infeasible=infeasible)
+    points = []
+    for _ in range(60):
+        values = source.ask()
+        assert values is not None
+        points.append(values)
+        source.tell(values, "finished", [loss(values)])
+    assert all(p["x"] >= 0.03 for p in points)
+    best = min(points, key=loss)
+    assert best["x"] < 0.06
+    assert best["kind"] == "b"
+
+
+def test_no_point_twice_and_an_end() -> None:
+    few = [{"key": "kind", "choices": ("a", "b", "c"), "low": 0, "high": 0, "log": False, "integer": False}]
+
+    def kinds(trial: optuna.Trial) -> dict[str, Any]:
+        return {"kind": trial.suggest_categorical("kind", ("a", "b", "c"))}
+
+    source = Proposals("tpe", Searched(few, kinds, lambda v: None), [Objective("loss", False)], 0)
+    seen = []
+    while (values := source.ask()) is not None:
+        seen.append(values["kind"])
+        source.tell(values, "finished", [1.0])
+    assert sorted(seen) == ["a", "b", "c"]
+
+
+def test_the_grid_is_walked_once() -> None:
+    grid = [{"x": x, "n": 8, "kind": k} for x in (0.001, 0.01, 0.1) for k in ("a", "b")]
+    source = proposals("grid", grid=grid)
+    source.tell(grid[4], "finished", [1.0])
+    seen = []
+    while (values := source.ask()) is not None:
+        seen.append(values)
+        source.tell(values, "finished", [loss(values)])
+    assert sorted(map(str, [*seen, grid[4]])) == sorted(map(str, grid))
+
+
+def test_the_start_comes_first() -> None:
+    start = {"x": 0.5, "n": 1, "kind": "c"}
+    source = proposals(start=start)
+    assert source.ask() == start
+    assert source.ask() != start
+
+
+def test_what_an_earlier_run_found_is_known() -> None:
+    """Sixty points of an earlier run, then ten of this: all near the optimum; without the earlier ones they are not."""
+    first = proposals(seed=1)
+    points = []
+    for _ in range(60):
+        values = first.ask()
+        assert values is not None
+        points.append(values)
+        first.tell(values, "finished", [loss(values)])
+    later = proposals(seed=2)
+    for values in points:
+        later.tell(values, "finished", [loss(values)])
+    assert np.median(run(later, 10)) < 1.0
+    assert np.median(run(proposals(seed=2), 10)) > 2.0
+    assert not [p for p in points if p == later.ask()]
+
+
+def test_points_that_fail_or_are_stopped_are_kept_away_from() -> None:
+    source = proposals(seed=3)
+    kinds = []
+    for _ in range(60):
+        values = source.ask()
+        assert values is not None
+        kinds.append(values["kind"])
+        if values["kind"] == "a":
+            source.tell(values, "failed", None)
+        elif values["kind"] == "c":
+            source.tell(values, "stopped", None, [(10, 5.0)])
+        else:
+            source.tell(values, "finished", [loss(values)])
+    assert kinds[30:].count("b") > 17
+
+
+def test_several_objectives() -> None:
+    source = Proposals("tpe", searched(), [Objective("a", False), Objective("b", True)], 0)
+    for n in range(30):
+        values = source.ask()
+        assert values is not None
+        source.tell(values, *(("failed", None) if n == 3 else ("finished", [loss(values), values["n"]])))  # type: ignore
+    known = {"x": 0.02, "n": 4, "kind": "a"}
+    source.tell(known, "failed", None)
+    source.tell({**known, "n": 5}, "finished", [0.1, 5.0])
+    assert source.ask() is not None
