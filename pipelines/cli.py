@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+#: Commands that can be jobs of a cluster.
+JOBS = ("train", "tune", "study", "compare")
 DESCRIPTION = "HyperAdaLoRA: low-rank adapters whose rank moves."
 
 
@@ -103,6 +105,26 @@ def parser() -> argparse.ArgumentParser:
         "--tracking-uri", metavar="URI", help="of MLflow (default: MLFLOW_TRACKING_URI, or mlflow.db here)"
     )
 
+    def on_cluster(name: str, text: str) -> argparse.ArgumentParser:
+        command = add(name, text)
+        command.add_argument("--address", required=True, metavar="URL", help="of the dashboard: http://HOST:8265")
+        return command
+
+    submit = on_cluster("submit", "Run train, tune, study or compare on a Ray cluster, as a job.")
+    submit.usage = "hyperlora submit train|tune|study|compare RECIPE [its options] --address URL [options]"
+    submit.add_argument("--no-follow", action="store_true", help="print the job's id and come back")
+    submit.add_argument("--env", default="", metavar="NAME,NAME", help="variables of here whose values the job gets")
+    submit.add_argument(
+        "--install", action="store_true", help="install the dependencies on the nodes, as they are here"
+    )
+
+    on_cluster("jobs", "List the jobs of a cluster.")
+    logs = on_cluster("logs", "Show the output of a job.")
+    logs.add_argument("job", metavar="ID")
+    logs.add_argument("--follow", action="store_true", help="until it ends; exit with its status")
+    stop = on_cluster("stop", "Let a job save a checkpoint, and end it.")
+    stop.add_argument("job", metavar="ID")
+
     add("recipes", "List the recipes that ship with the package.")
 
     export = add("export", "Write the adapter of a run or checkpoint as a plain PEFT LoRA folder.")
@@ -116,6 +138,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse; options may stand between overrides, which argparse allows no subcommand by itself."""
     root = parser()
     args, more = root.parse_known_args(argv)
+    if args.command == "submit":
+        args.words, args.env = more, [name.strip() for name in args.env.split(",") if name.strip()]
+        if not more or more[0] not in JOBS:
+            root.error(f"submit: the job has to begin with one of: {', '.join(JOBS)}")
+        return args
     strange = [a for a in more if a.startswith("-") or "overrides" not in args]
     if strange:
         root.error(f"unrecognized arguments: {' '.join(strange)}")
@@ -156,6 +183,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pipelines import export
 
             return export.main(args, console)
+        if args.command == "submit":
+            from pipelines import submit
+
+            return submit.main(args, parse_arguments(args.words), console)
+        if args.command in ("jobs", "logs", "stop"):
+            from pipelines import submit
+
+            return {"jobs": submit.listing, "logs": submit.logs, "stop": submit.stop}[args.command](args, console)
         if args.command in ("register", "pull"):
             from pipelines import register
 

@@ -1,0 +1,200 @@
+"""Ray jobs: a command of this package as a job on a cluster, followed, listed, stopped. Imports ray.job_submission.
+
+What a job needs travels as its working directory: the packages and the files that the command names. Secrets travel by
+name: values are read from this process's environment and given to the job alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata, resources
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+from packaging.requirements import Requirement
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from requests.exceptions import RequestException
+
+from hyperlora.config import Problem, RecipeError
+
+PACKAGES = ("hyperlora", "pipelines", "tune_spaces")
+IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "runs", "mlflow.db", "mlartifacts", "mlruns")
+#: Bytes of a working directory. Ray refuses more than 500 MiB; what is larger than this is data for a store.
+LARGEST = 64 * 2**20
+#: Seconds that a stopped job has for its checkpoint before it is killed.
+STOP_SECONDS = 300
+#: Seconds between attempts to follow a job whose connection was lost, and how long it may be lost.
+RETRY, LOST = 2.0, 600.0
+ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command as the cluster runs it.
+
+    Attributes:
+        words: of the command, without ``hyperlora``; files by their names in the working directory.
+        files: name in the working directory to the file here.
+        env: names of environment variables whose values the job gets.
+        install: whether the nodes install the dependencies, at the versions that are installed here.
+    """
+
+    words: Sequence[str]
+    files: Mapping[str, Path]
+    env: Sequence[str] = ()
+    install: bool = False
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """A client of the cluster's dashboard.
+
+    Raises:
+        RecipeError: nobody answers there, or it asks for a token that is not given here.
+    """
+    url = address if "://" in address else f"http://{address}"
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        allowed = "the URL of the cluster's dashboard, such as http://HOST:8265"
+        raise RecipeError([Problem("--address", address, allowed)])
+    try:
+        client = JobSubmissionClient(url)
+        client.get_version()
+    except (RuntimeError, ConnectionError, RequestException, OSError, ValueError) as error:
+        raise _refusal(address, error) from error
+    return client
+
+
+def _refusal(address: str, error: Exception) -> RecipeError:
+    text = str(error).strip()
+    if "Authentication" in text or "401" in text or "403" in text:
+        allowed = (
+            "a cluster that lets this user in: set RAY_AUTH_MODE=token and give the cluster's token in RAY_AUTH_TOKEN, "
+            f"in a file named by RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token ({text.splitlines()[0]})"
+        )
+    else:
+        allowed = f"the dashboard of a running Ray cluster ({text.splitlines()[0] if text else type(error).__name__})"
+    return RecipeError([Problem("--address", address, allowed)])
+
+
+def unprotected(address: str) -> bool:
+    """Whether jobs go to another machine with no token: whoever reaches that address can run any code there."""
+    host = urlsplit(address if "://" in address else f"http://{address}").hostname or ""
+    try:
+        local = ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    return not local and os.environ.get("RAY_AUTH_MODE") != "token"
+
+
+def pack(job: Job, folder: Path) -> int:
+    """Fill a working directory; returns its size in bytes.
+
+    Raises:
+        RecipeError: it is too large.
+    """
+    for package in PACKAGES:
+        shutil.copytree(Path(str(resources.files(package))), folder / package, ignore=IGNORED)
+    for name, file in job.files.items():
+        shutil.copyfile(file, folder / name)
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    if size > LARGEST:
+        allowed = f"at most {LARGEST // 2**20} MiB with the packages; put data into a store that every node reaches"
+        names = ", ".join(str(f) for f in job.files.values())
+        raise RecipeError([Problem("files of the job", f"{size / 2**20:.0f} MiB ({names})", allowed)])
+    return size
+
+
+def pinned() -> list[str]:
+    """The package's dependencies at the versions that are installed here."""
+    found = []
+    for text in metadata.requires("hyperadalora") or []:
+        need = Requirement(text)
+        if need.marker is None or need.marker.evaluate({"extra": ""}):
+            extras = f"[{','.join(sorted(need.extras))}]" if need.extras else ""
+            found.append(f"{need.name}{extras}=={metadata.version(need.name)}")
+    return found
+
+
+def submit(client: JobSubmissionClient, job: Job, folder: Path) -> str:
+    """Submit a job whose working directory is ``folder``; returns its id."""
+    env = {name: os.environ[name] for name in job.env}
+    runtime: dict[str, Any] = {
+        "working_dir": str(folder),
+        "env_vars": {**env, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), "PYTHONUNBUFFERED": "1"},
+    }
+    if job.install:
+        runtime["pip"] = pinned()
+    entry = shlex.join(["python", "-m", "pipelines.cli", *job.words])
+    words = shlex.join(["hyperlora", *job.words])
+    return str(client.submit_job(entrypoint=entry, runtime_env=runtime, metadata={"hyperlora": words}))
+
+
+def follow(address: str, job_id: str, show: Callable[[str], None], lost: Callable[[str], None]) -> JobStatus:
+    """Show a job's output until it ends, however often the connection is lost meanwhile; returns how it ended.
+
+    Args:
+        address: of the cluster's dashboard.
+        job_id: of the job.
+        show: gets new output.
+        lost: told why the connection was lost.
+
+    Raises:
+        RecipeError: there is no such job, or the cluster has not answered for ten minutes.
+    """
+    shown, silent_since, told = 0, time.monotonic(), False
+    while True:
+        try:
+            client = connect(address)
+            status = client.get_job_status(job_id)
+            if status in ENDED:
+                show(client.get_job_logs(job_id)[shown:])
+                return status
+            for text in _tail(client, job_id, shown):
+                shown += len(text)
+                show(text)
+                silent_since, told = time.monotonic(), False
+        except RecipeError as error:
+            if time.monotonic() - silent_since > LOST:
+                raise
+            if not told:
+                lost(str(error))
+                told = True
+        except RuntimeError as error:
+            if "404" in str(error) or "not exist" in str(error):
+                raise RecipeError([Problem("ID", job_id, f"a job of {address}; hyperlora jobs lists them")]) from error
+            lost(str(error).splitlines()[0])
+        except (aiohttp.ClientError, OSError) as error:
+            lost(f"{type(error).__name__}: {error}")
+        time.sleep(RETRY)
+
+
+def _tail(client: JobSubmissionClient, job_id: str, skip: int) -> Iterator[str]:
+    """New output while the job runs, past the first ``skip`` characters."""
+    stream = client.tail_job_logs(job_id)
+    with asyncio.Runner() as runner:
+
+        async def one() -> str | None:
+            return await anext(stream, None)
+
+        try:
+            while (text := runner.run(one())) is not None:
+                new = text[skip:]
+                skip = max(0, skip - len(text))
+                if new:
+                    yield new
+        finally:
+            runner.run(stream.aclose())  # type: ignore[attr-defined]
+
+
+def listed(client: JobSubmissionClient) -> list[JobDetails]:
+    """The cluster's jobs, newest first."""
+    return sorted(client.list_jobs(), key=lambda j: j.start_time or 0, reverse=True)
