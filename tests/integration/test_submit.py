@@ -1,0 +1,178 @@
+"""Jobs on a real cluster: a head and a second node as processes of their own, driven through Ray's Jobs API."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import small_recipe
+
+from hyperlora import jobs
+from pipelines.cli import main
+
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Two nodes with one CPU each, so that two workers need both; the dashboard's URL."""
+    port, dashboard = free_port(), free_port()
+    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    temporary = f"/tmp/hl{os.getpid()}"  # sockets' paths may have 107 characters
+    ray = [str(BIN / "ray"), "start", "--num-cpus=1", "--disable-usage-stats", "--block"]
+    head = [*ray, "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}"]
+    nodes = [subprocess.Popen(head, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)]
+    try:
+        wait_until(lambda: answers(dashboard), 120)
+        more = [*ray, f"--address=127.0.0.1:{port}"]
+        nodes.append(subprocess.Popen(more, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+        for node in nodes:
+            node.wait(60)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as s:
+        s.settimeout(1)
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_until(condition: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def recipe_file(folder: Path, name: str, **training: Any) -> Path:
+    recipe = small_recipe(folder) | {"name": name}
+    recipe["training"] |= training
+    recipe["ray"] = {"num_workers": 2}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def submit(address: str, folder: Path, *words: str) -> dict[str, Any]:
+    summary = folder / "job.json"
+    status = main(["submit", *words, "--address", address, "--json", str(summary)])
+    return json.loads(summary.read_text()) | {"exit": status}
+
+
+def results(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in sorted(folder.glob(f"runs/{name}-*/result.json"))]
+
+
+def test_a_job_trains_on_the_cluster_as_a_local_run_does(
+    address: str, tmp_path: Path, capfd: Any, monkeypatch: Any
+) -> None:
+    path = recipe_file(tmp_path, "job")
+    monkeypatch.setenv("STORE_KEY", "topsecret")
+    done = submit(address, tmp_path, "train", str(path), "training.steps=12", "--env", "STORE_KEY")
+    shown = capfd.readouterr().out
+    assert (done["exit"], done["status"]) == (0, "SUCCEEDED"), shown
+    assert done["job_id"] in shown
+    assert "held-out exact match" in shown
+    info = jobs.connect(address).get_job_info(done["job_id"])
+    assert info.runtime_env["env_vars"]["STORE_KEY"] == "topsecret"
+    assert "topsecret" not in f"{info.entrypoint} {info.metadata} {shown} {done}"
+    (remote,) = results(tmp_path, "job")
+    assert remote["workers"] == 2
+    assert main(["train", str(path), "training.steps=12", "ray.backend=local", "ray.num_workers=1"]) == 0
+    local = results(tmp_path, "job")[-1]
+    assert remote["losses"] == pytest.approx(local["losses"], abs=1e-6)
+    assert main(["jobs", "--address", address]) == 0
+    assert re.search(rf"{done['job_id']}\s+SUCCEEDED", capfd.readouterr().out)
+    assert main(["logs", done["job_id"], "--address", address]) == 0
+    assert "held-out exact match" in capfd.readouterr().out
+
+
+def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(address: str, tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, "long", steps=300, checkpoint_every=1000)
+    job = submit(address, tmp_path, "train", str(path), "--no-follow")
+    assert job["exit"] == 0
+    code: list[int] = []
+    follower = threading.Thread(
+        target=lambda: code.append(main(["logs", job["job_id"], "--follow", "--address", address]))
+    )
+    follower.start()
+    log = [str(BIN / "hyperlora"), "logs", job["job_id"], "--address", address]
+    wait_until(lambda: "step 20/300" in subprocess.run(log, capture_output=True, text=True, check=False).stdout, 300)
+    assert main(["stop", job["job_id"], "--address", address]) == 0
+    follower.join(60)
+    assert code == [143]
+    (saved,) = tmp_path.glob("runs/long-*/checkpoints/*/trainer.json")
+    step = json.loads(saved.read_text())["step"]
+    assert 20 <= step < 300
+    again = submit(address, tmp_path, "train", str(path), "--resume")
+    assert again["exit"] == 0
+    (resumed,) = results(tmp_path, "long")
+    assert main(["train", str(path), "ray.backend=local", "ray.num_workers=1"]) == 0
+    whole = results(tmp_path, "long")[-1]
+    assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    assert resumed["modules"] == whole["modules"]
+
+
+def test_a_failing_job_fails_the_command(address: str, tmp_path: Path, capfd: Any) -> None:
+    path = recipe_file(tmp_path, "bad")
+    done = submit(address, tmp_path, "train", str(path), "ray.num_workers=64", "training.batch_size=64")
+    assert (done["exit"], done["status"]) == (1, "FAILED")
+    assert "ray.num_workers" in capfd.readouterr().out
+
+
+def test_what_cannot_work_on_a_cluster_is_refused_here(tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = recipe_file(tmp_path, "here")
+    changes = [
+        "storage.uri=runs",
+        "mlflow.enabled=true",
+        "mlflow.tracking_uri=sqlite:///mlflow.db",
+        "training.steps=-1",
+    ]
+    command = ["submit", "train", str(path), *changes, "--env", "NOT_SET_HERE", "--address", "http://127.0.0.1:1"]
+    assert main(command) == 2
+    message = " ".join(capfd.readouterr().err.split())
+    assert "NOT_SET_HERE" in message
+    assert "training.steps: got -1" in message
+    assert main([w for w in command if w not in ("--env", "NOT_SET_HERE", "training.steps=-1")]) == 2
+    message = " ".join(capfd.readouterr().err.split())
+    assert "2 problems" in message
+    assert "storage.uri: got 'runs'; a URI, or an absolute path that every node shares" in message
+    for address in ("http://127.0.0.1:1", "ray://x:1"):
+        assert main(["submit", "train", str(path), "--address", address]) == 2
+        assert f"--address: got '{address}'" in " ".join(capfd.readouterr().err.split())
+
+
+def test_packages_and_files_travel_with_the_job(tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    size = jobs.pack(jobs.Job(["train"], {"recipe-mine.yaml": tmp_path / "mine.yaml"}), packed)
+    names = {p.relative_to(packed).as_posix() for p in packed.rglob("*") if p.is_file()}
+    assert {"recipe-mine.yaml", "hyperlora/optimizer.py", "pipelines/cli.py", "tune_spaces/space.py"} <= names
+    assert "hyperlora/assets/storylm/model.safetensors" in names
+    assert not [n for n in names if "__pycache__" in n]
+    assert size == sum(p.stat().st_size for p in packed.rglob("*") if p.is_file())
+    pins = jobs.pinned()
+    assert any(p.startswith("torch==") for p in pins)
+    assert any(p.startswith("ray[default,train,tune]==") for p in pins)
