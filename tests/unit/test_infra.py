@@ -1,0 +1,118 @@
+"""The files in infra/ agree with the project, and the real parsers take them. No container is started."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+from hyperlora.config import apply_overrides, parse, read_yaml
+from pipelines.cli import parse_arguments
+from pipelines.common import shipped
+
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra"
+PINS = dict(re.findall(r"^([a-z0-9_.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
+KUBERAY = {p.stem: yaml.safe_load(p.read_text()) for p in sorted((INFRA / "kuberay").glob("*.yaml"))}
+
+
+def words(command: str) -> list[str]:
+    """A compose command with its variables filled in."""
+    return shlex.split(re.sub(r"\$\{\w+(?::-([^}]*)|:\?[^}]*)?\}", lambda m: m[1] or "x", command))
+
+
+@pytest.mark.parametrize("service", ["head", "worker"])
+def test_ray_takes_its_commands(service: str) -> None:
+    from ray.scripts.scripts import start
+
+    command = words(COMPOSE["services"][service]["command"])
+    assert command[:2] == ["ray", "start"]
+    start.make_context("start", command[2:])
+    with pytest.raises(click.exceptions.NoSuchOption):
+        start.make_context("start", ["--no-such-option"])
+
+
+def test_mlflow_takes_its_command() -> None:
+    from mlflow.cli import cli
+
+    command = words(COMPOSE["services"]["mlflow"]["command"])
+    assert command[:2] == ["mlflow", "server"]
+    cli.commands["server"].make_context("server", command[2:])
+
+
+def test_ray_takes_the_cloud_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("x")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = yaml.safe_load((INFRA / "ray-cluster.yaml").read_text())
+    validate_config(prepare_config(config))
+    from ray.scripts.scripts import start
+
+    for kind in ("head", "worker"):
+        (command,) = (c for c in config[f"{kind}_start_ray_commands"] if "ray start" in c)
+        start.make_context("start", shlex.split(command.split("ray start", 1)[1]))
+    with pytest.raises(Exception, match="nonsense"):
+        validate_config(prepare_config(config | {"nonsense": 1}))
+
+
+def test_versions_images_and_ports_agree() -> None:
+    dockerfile, readme = (INFRA / "Dockerfile").read_text(), (INFRA / "README.md").read_text()
+    built = set(re.findall(r"-t (hyperadalora:\w+)", readme))
+    assert built == {"hyperadalora:cpu", "hyperadalora:cuda"} == set(re.findall(r"-t (hyperadalora:\w+)", dockerfile))
+    used = set(re.findall(r"hyperadalora:\w+", "".join(p.read_text() for p in INFRA.rglob("*.yaml"))))
+    assert used == built
+    for name, manifest in KUBERAY.items():
+        spec = manifest["spec"] if name == "raycluster" else manifest["spec"]["rayClusterSpec"]
+        assert spec["rayVersion"] == PINS["ray"]
+        head = spec["headGroupSpec"]["template"]["spec"]["containers"][0]
+        assert {p["containerPort"] for p in head["ports"]} == {6379, 8265}
+        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+        for group in groups:
+            environment = {e["name"]: e for e in group["template"]["spec"]["containers"][0]["env"]}
+            assert environment["RAY_AUTH_MODE"]["value"] == "token"
+            assert "secretKeyRef" in environment["RAY_AUTH_TOKEN"]["valueFrom"]
+    assert re.search(r"^EXPOSE 6379 8265 5000$", dockerfile, re.MULTILINE)
+    ports = [p for s in COMPOSE["services"].values() for p in s.get("ports", [])]
+    assert ports == ["127.0.0.1:8265:8265", "127.0.0.1:5000:5000"]
+    for copied in re.findall(r"^COPY (\S+) \1$", dockerfile, re.MULTILINE):
+        assert (ROOT / copied / "__init__.py").is_file()
+
+
+def test_the_job_of_the_manifest_and_of_the_readme_is_one_that_the_command_takes() -> None:
+    entry = KUBERAY["rayjob"]["spec"]["entrypoint"].split()
+    written = re.search(r"hyperlora (submit train.*?--address \S+)", (INFRA / "README.md").read_text(), re.DOTALL)
+    assert written is not None
+    submitted = parse_arguments(shlex.split(written[1].replace("\\\n", " ")))
+    for given in (entry[1:], submitted.words):
+        args = parse_arguments(given)
+        recipe = parse(apply_overrides(read_yaml(shipped()[args.recipe]), args.overrides))
+        assert recipe.storage.uri.startswith("s3://hyperlora/")
+        assert recipe.mlflow.tracking_uri == f"http://mlflow:{5000}"
+
+
+def test_no_secret_has_a_value_in_these_files() -> None:
+    names = [line.partition("=")[0] for line in (INFRA / "env.example").read_text().splitlines() if "=" in line[:40]]
+    names = [n for n in names if re.fullmatch(r"[A-Z0-9_]+", n)]
+    assert set(names) == {"RAY_AUTH_TOKEN", "S3_KEY", "S3_SECRET", "POSTGRES_PASSWORD"}
+    text = (INFRA / "compose.yaml").read_text()
+    for name in names:
+        assert re.findall(rf"\$\{{{name}[^}}]*\}}", text)
+        assert not re.findall(rf"\$\{{{name}:?-", text), "no default: it would be everybody's"
+    assert "/infra/.env" in (ROOT / ".gitignore").read_text()
+
+
+def every_probe() -> list[Any]:
+    return [(name, s) for name, s in COMPOSE["services"].items() if name not in ("worker", "bucket")]
+
+
+@pytest.mark.parametrize(("name", "service"), every_probe())
+def test_services_that_others_wait_for_have_a_probe(name: str, service: dict[str, Any]) -> None:
+    assert service["healthcheck"]["test"][0] == "CMD"
