@@ -7,6 +7,7 @@ name: values are read from this process's environment and given to the job alone
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import shutil
@@ -20,8 +21,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+import ray
 from packaging.requirements import Requirement
+from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from requests.exceptions import RequestException
 
 from hyperlora.config import Problem, RecipeError
@@ -193,6 +197,24 @@ def _tail(client: JobSubmissionClient, job_id: str, skip: int) -> Iterator[str]:
                     yield new
         finally:
             runner.run(stream.aclose())  # type: ignore[attr-defined]
+
+
+def each_node(function: Callable[[], Any]) -> Iterator[tuple[str, Any, float, float]]:
+    """Call a function on every living node of the cluster that this process is in.
+
+    Yields:
+        Address of the node, what the function returned (or its exception), and the times before and after, seconds.
+    """
+    ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    for living in [n for n in ray.nodes() if n["Alive"]]:
+        place = NodeAffinitySchedulingStrategy(living["NodeID"], soft=False)
+        task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=place)
+        asked = time.time()
+        try:
+            answer: Any = ray.get(task.remote(), timeout=120)
+        except RayError as error:
+            answer = error
+        yield living["NodeManagerAddress"], answer, asked, time.time()
 
 
 def listed(client: JobSubmissionClient) -> list[JobDetails]:

@@ -270,6 +270,21 @@ def check(recipe: Recipe) -> None:
         raise unreachable(uri, error) from error
 
 
+def probe(config: MLflowConfig) -> None:
+    """Write a run and delete it.
+
+    Raises:
+        RecipeError: nobody answers in seconds.
+        MlflowException: the server refuses.
+    """
+    _answers(config.tracking_uri)
+    client = MlflowClient(config.tracking_uri)
+    run_id = client.create_run(experiment(client, config), tags={"mlflow.runName": "doctor"}).info.run_id
+    client.log_metric(run_id, "probe", 1.0)
+    client.log_text(run_id, "probe", "probe.txt")
+    client.delete_run(run_id)
+
+
 def _answers(uri: str) -> None:
     """Raise RecipeError when nobody answers at a URI."""
     try:

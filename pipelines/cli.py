@@ -125,6 +125,13 @@ def parser() -> argparse.ArgumentParser:
     stop = on_cluster("stop", "Let a job save a checkpoint, and end it.")
     stop.add_argument("job", metavar="ID")
 
+    doctor = add("doctor", "Try out all that a run needs, here or on a cluster, and say what to do.")
+    doctor.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE", help="whose storage and MLflow")
+    doctor.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change the recipe")
+    doctor.add_argument("--address", metavar="URL", help="of a cluster's dashboard: every node is tried as well")
+    doctor.add_argument("--env", default="", metavar="NAME,NAME", help="variables of here whose values the nodes get")
+    doctor.add_argument("--expect", help=argparse.SUPPRESS)  # in the cluster: versions of who asks, as JSON
+
     add("recipes", "List the recipes that ship with the package.")
 
     export = add("export", "Write the adapter of a run or checkpoint as a plain PEFT LoRA folder.")
@@ -138,8 +145,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse; options may stand between overrides, which argparse allows no subcommand by itself."""
     root = parser()
     args, more = root.parse_known_args(argv)
+    if "env" in args:
+        args.env = [name.strip() for name in args.env.split(",") if name.strip()]
     if args.command == "submit":
-        args.words, args.env = more, [name.strip() for name in args.env.split(",") if name.strip()]
+        args.words = more
         if not more or more[0] not in JOBS:
             root.error(f"submit: the job has to begin with one of: {', '.join(JOBS)}")
         return args
@@ -187,6 +196,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pipelines import submit
 
             return submit.main(args, parse_arguments(args.words), console)
+        if args.command == "doctor":
+            from pipelines import doctor
+
+            return doctor.main(args, console)
         if args.command in ("jobs", "logs", "stop"):
             from pipelines import submit
 

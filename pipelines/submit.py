@@ -6,6 +6,7 @@ import itertools
 import os
 import tempfile
 from argparse import Namespace
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def main(args: Namespace, inner: Namespace, console: Console) -> int:
         console.print(f"hyperlora logs {job_id} --follow --address {args.address}", highlight=False, soft_wrap=True)
         write_json(args.json, summary | {"status": None})
         return 0
-    status = _follow(args.address, job_id, console)
+    status = follow(args.address, job_id, console)
     write_json(args.json, summary | {"status": status.value})
     return _exit(status)
 
@@ -58,15 +59,11 @@ def _job(args: Namespace, inner: Namespace) -> jobs.Job:
     Raises:
         RecipeError: with everything that is wrong with it.
     """
-    problems = [
-        Problem("--env", name, "names of variables that are set here, separated by commas")
-        for name in args.env
-        if name not in os.environ
-    ]
+    problems = unset(args.env)
     words, files = list(args.words), {}
     try:
         recipe = load_recipe(inner.recipe, inner.overrides)
-        problems += _unreachable(recipe)
+        problems += unreachable(recipe)
     except RecipeError as error:
         problems += error.problems
     if problems:
@@ -84,7 +81,13 @@ def _job(args: Namespace, inner: Namespace) -> jobs.Job:
     return jobs.Job(words, files, args.env, args.install)
 
 
-def _unreachable(recipe: Recipe) -> list[Problem]:
+def unset(names: Sequence[str]) -> list[Problem]:
+    """Variables that a job is to get and that have no value here."""
+    allowed = "names of variables that are set here, separated by commas"
+    return [Problem("--env", name, allowed) for name in names if name not in os.environ]
+
+
+def unreachable(recipe: Recipe) -> list[Problem]:
     """Places that mean something else, or nothing, on another machine: a job's working directory goes with the job."""
     allowed = "a URI, or an absolute path that every node shares: a job's working directory goes with the job"
     places = {"storage.uri": recipe.storage.uri, "data.root": recipe.data.root}
@@ -99,7 +102,7 @@ def _unreachable(recipe: Recipe) -> list[Problem]:
     return found
 
 
-def _follow(address: str, job_id: str, console: Console) -> JobStatus:
+def follow(address: str, job_id: str, console: Console) -> JobStatus:
     def show(text: str) -> None:
         console.print(Text.from_ansi(text.removesuffix("\n")), end="\n" if text.endswith("\n") else "", soft_wrap=True)
 
@@ -147,7 +150,7 @@ def logs(args: Namespace, console: Console) -> int:
     """Show a job's output; returns its exit status when followed."""
     client = jobs.connect(args.address)
     if args.follow:
-        return _exit(_follow(args.address, args.job, console))
+        return _exit(follow(args.address, args.job, console))
     try:
         text = client.get_job_logs(args.job)
     except RuntimeError as error:
@@ -166,7 +169,7 @@ def stop(args: Namespace, console: Console) -> int:
     if not running:
         console.print(f"{args.job} is not running")
         return 1
-    return 0 if _follow(args.address, args.job, console) == JobStatus.STOPPED else 1
+    return 0 if follow(args.address, args.job, console) == JobStatus.STOPPED else 1
 
 
 def _no_job(args: Namespace) -> RecipeError:

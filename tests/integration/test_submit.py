@@ -140,6 +140,14 @@ def test_a_failing_job_fails_the_command(address: str, tmp_path: Path, capfd: An
     assert "ray.num_workers" in capfd.readouterr().out
 
 
+def test_the_doctor_tries_every_node(address: str, tmp_path: Path, capfd: Any) -> None:
+    path = recipe_file(tmp_path, "doctor")
+    assert main(["doctor", str(path), "mlflow.enabled=true", "--address", address]) == 0
+    shown = capfd.readouterr().out
+    assert len(re.findall(r"ok\s+node [^,\n]+: the same versions as here", shown)) == 2
+    assert shown.count("written and read in") == 2, "here and there"
+
+
 def test_what_cannot_work_on_a_cluster_is_refused_here(tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     path = recipe_file(tmp_path, "here")

@@ -16,6 +16,7 @@ ALLOWED = {
         "hyperlora/jobs.py",
         "hyperlora/search.py",
         "hyperlora/tuning.py",
+        "pipelines/doctor.py",
         "pipelines/submit.py",
     },
     "ray.train": {"hyperlora/distributed.py"},

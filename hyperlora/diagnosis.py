@@ -1,0 +1,157 @@
+"""What a run needs, tried out: versions, devices, storage, tracking, disk, clocks. Each check says what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hyperlora import storage, uris
+from hyperlora.config import MLflowConfig
+
+#: Free bytes below which a checkpoint, a model or Ray's object store may not fit.
+SMALL_DISK = 10 * 2**30
+#: Seconds by which clocks may differ: S3 refuses requests at 15 minutes, tokens and locks suffer earlier.
+SKEW = 30.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was tried.
+
+    Attributes:
+        name: in a word or two.
+        state: fail ends runs; warn may.
+        found: what was seen.
+        advice: what to do about it; empty when nothing.
+    """
+
+    name: str
+    state: Literal["ok", "warn", "fail"]
+    found: str
+    advice: str = ""
+
+
+def devices() -> Check:
+    """GPUs, and NCCL to join them."""
+    if not torch.cuda.is_available():
+        return Check("device", "ok", f"no GPU; {os.cpu_count()} CPU cores, torch {torch.__version__}")
+    names = ", ".join(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))
+    if not torch.distributed.is_nccl_available():
+        return Check("device", "fail", f"{names}, no NCCL", "install a build of torch for CUDA")
+    return Check("device", "ok", f"{names}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+
+
+def disk(folder: str | None = None) -> Check:
+    """Room where temporary files go."""
+    folder = folder or os.environ.get("RAY_TMPDIR") or "/tmp"
+    free = shutil.disk_usage(folder).free
+    found = f"{free / 2**30:.0f} GiB free in {folder}"
+    if free < SMALL_DISK:
+        return Check("disk", "warn", found, f"keep {SMALL_DISK // 2**30} GiB free; RAY_TMPDIR names another place")
+    return Check("disk", "ok", found)
+
+
+def store(uri: str) -> Iterator[Check]:
+    """Write, read, conditional write and removal below a storage URI."""
+    shown = uris.redacted(uri)
+    if (allowed := uris.problem(uri)) is not None:
+        yield Check("storage", "fail", shown, allowed)
+        return
+    probe = f"{uri.rstrip('/')}/.doctor-{secrets.token_hex(6)}"
+    try:
+        began = time.monotonic()
+        storage.write(probe, b"one")
+        same = storage.read(probe) == b"one"
+        took = time.monotonic() - began
+        if not same:
+            yield Check("storage", "fail", f"{shown} gave back other bytes", "use another store")
+            return
+        yield Check("storage", "ok", f"{shown}: written and read in {took:.2f} s")
+        try:
+            storage.create(probe, b"two")
+            second = True
+        except FileExistsError:
+            second = False
+        if second or storage.read(probe) != b"one":
+            advice = "two commands on one run are told apart a little later; nothing else changes (docs/durability.md)"
+            yield Check("conditional write", "warn", f"{shown} overwrites where it was told not to", advice)
+        else:
+            yield Check("conditional write", "ok", "a file that is there is not overwritten")
+    except OSError as error:
+        advice = "check the URI, the endpoint (AWS_ENDPOINT_URL) and the credentials in the environment"
+        yield Check("storage", "fail", str(error), advice)
+    finally:
+        with contextlib.suppress(OSError):
+            storage.remove(probe)
+
+
+def tracking(config: MLflowConfig) -> Check:
+    """A run is made and deleted again."""
+    from hyperlora import tracking as mlflow
+
+    if not config.enabled:
+        return Check("MLflow", "ok", "mlflow.enabled is false")
+    shown = uris.redacted(config.tracking_uri)
+    began = time.monotonic()
+    try:
+        mlflow.probe(config)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return Check("MLflow", "fail", reason, "start the server, or set mlflow.tracking_uri; MLFLOW_TRACKING_TOKEN")
+    return Check("MLflow", "ok", f"{shown}: a run written in {time.monotonic() - began:.1f} s")
+
+
+def node() -> dict[str, Any]:
+    """What another node tells of itself, as plain values."""
+    from hyperlora.tracking import versions
+
+    return {
+        "host": os.uname().nodename,
+        "versions": versions(),
+        "time": time.time(),
+        "checks": [(c.name, c.state, c.found, c.advice) for c in (devices(), disk())],
+    }
+
+
+def compare(here: Mapping[str, str], told: Mapping[str, Any], asked: float, answered: float) -> Iterator[Check]:
+    """How a node differs from here.
+
+    Args:
+        here: versions of this process.
+        told: :func:`node` of the other.
+        asked, answered: this machine's time before and after it was asked, seconds.
+    """
+    name = f"node {told['host']}"
+    other = {k: (v, told["versions"].get(k)) for k, v in here.items() if told["versions"].get(k) != v}
+    if other:
+        text = ", ".join(f"{k} {theirs} (here {mine})" for k, (mine, theirs) in other.items())
+        yield Check(name, "fail", text, "give all nodes the same image, or submit with --install")
+    else:
+        yield Check(name, "ok", "the same versions as here")
+    skew = max(asked - told["time"], told["time"] - answered, 0.0)
+    if skew > SKEW:
+        yield Check(name, "warn", f"its clock differs by {skew:.0f} s", "let the nodes keep time (NTP)")
+    for check in told["checks"]:
+        yield Check(f"{name}, {check[0]}", *check[1:])
+
+
+def token() -> Check:
+    """Whether Ray asks for a token, and has one."""
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
+    known = bool(os.environ.get("RAY_AUTH_TOKEN")) or file.is_file()
+    if mode == "token" and not known:
+        advice = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file, or write ~/.ray/auth_token"
+        return Check("Ray token", "fail", "RAY_AUTH_MODE is token, and there is none", advice)
+    if mode == "token":
+        return Check("Ray token", "ok", "given")
+    return Check("Ray token", "ok", "not asked for here; a cluster that others reach needs one (RAY_AUTH_MODE=token)")

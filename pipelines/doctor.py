@@ -1,0 +1,86 @@
+"""``hyperlora doctor``: the whole chain tried out, and what to do about what fails."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from ray.job_submission import JobStatus
+from rich.console import Console
+from rich.text import Text
+
+from hyperlora import diagnosis, jobs
+from hyperlora.config import Recipe, RecipeError
+from hyperlora.diagnosis import Check
+from hyperlora.tracking import versions
+from pipelines.common import load_recipe, shipped, write_json
+from pipelines.submit import follow, unreachable, unset
+
+STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def main(args: Namespace, console: Console) -> int:
+    """Run every check; returns 1 when one failed."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    if problems := unset(args.env):
+        raise RecipeError(problems)
+    found = []
+    for check in _inside(recipe, json.loads(args.expect)) if args.expect else _here(recipe):
+        found.append(check)
+        line = Text.assemble((f"{check.state:4} ", STYLES[check.state]), (check.name, "bold"), f": {check.found}")
+        console.print(line, soft_wrap=True)
+        if check.advice:
+            console.print(Text(f"     {check.advice}"), soft_wrap=True)
+    good = all(c.state != "fail" for c in found)
+    if args.address is not None:
+        good = _on_cluster(args, recipe, console) and good
+    write_json(args.json, {"good": good, "checks": [asdict(c) for c in found]})
+    return 0 if good else 1
+
+
+def _here(recipe: Recipe) -> Iterator[Check]:
+    known = versions()
+    yield Check("versions", "ok", ", ".join(f"{k} {known[k]}" for k in ("python", "torch", "ray", "mlflow", "peft")))
+    yield diagnosis.devices()
+    yield diagnosis.disk()
+    yield diagnosis.token()
+    yield from diagnosis.store(recipe.with_absolute_paths().storage.uri)
+    yield diagnosis.tracking(recipe.mlflow)
+
+
+def _inside(recipe: Recipe, expected: dict[str, str]) -> Iterator[Check]:
+    """In a job: storage and MLflow as its process sees them, then every node."""
+    yield from diagnosis.store(recipe.storage.uri)
+    yield diagnosis.tracking(recipe.mlflow)
+    for address, told, asked, answered in jobs.each_node(diagnosis.node):
+        if isinstance(told, BaseException):
+            reason = str(told).strip().splitlines()[0]
+            yield Check(f"node {address}", "fail", reason, "look at the node's logs; is the package installed there?")
+        else:
+            yield from diagnosis.compare(expected, told, asked, answered)
+
+
+def _on_cluster(args: Namespace, recipe: Recipe, console: Console) -> bool:
+    """The same on the cluster, as a job.
+
+    Raises:
+        RecipeError: nobody answers there, or the recipe's places mean nothing there.
+    """
+    if problems := unreachable(recipe):
+        raise RecipeError(problems)
+    client = jobs.connect(args.address)
+    console.print(Text.assemble(("ok   ", "green"), ("Jobs API", "bold"), f": {args.address} answers"), soft_wrap=True)
+    name, files = args.recipe, {}
+    if name not in shipped():
+        name = f"recipe-{Path(args.recipe).name}"
+        files[name] = Path(args.recipe)
+    words = ["doctor", name, *args.overrides, "--expect", json.dumps(versions())]
+    job = jobs.Job(words, files, args.env)
+    with tempfile.TemporaryDirectory() as folder, console.status("submitting"):
+        jobs.pack(job, Path(folder))
+        job_id = jobs.submit(client, job, Path(folder))
+    return follow(args.address, job_id, console) == JobStatus.SUCCEEDED

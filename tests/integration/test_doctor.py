@@ -1,0 +1,51 @@
+"""The doctor finds what is broken and says what to do; on a cluster see test_submit.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperlora import diagnosis
+from hyperlora.tracking import versions
+from pipelines.cli import main
+
+
+def doctor(folder: Path, *words: str) -> tuple[int, dict[str, Any]]:
+    summary = folder / "doctor.json"
+    status = main(["doctor", *words, "--json", str(summary)])
+    return status, {c["name"]: c for c in json.loads(summary.read_text())["checks"]}
+
+
+def test_all_is_well(recipe_file: Path, tmp_path: Path) -> None:
+    status, checks = doctor(tmp_path, str(recipe_file), "mlflow.enabled=true")
+    assert status == 0
+    assert {c["state"] for c in checks.values()} <= {"ok", "warn"}
+    assert checks["storage"]["state"] == checks["conditional write"]["state"] == checks["MLflow"]["state"] == "ok"
+    assert not list((tmp_path / "runs").iterdir()), "nothing is left behind"
+
+
+def test_what_is_broken_is_found(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    changes = [f"storage.uri={tmp_path}/file/runs", "mlflow.enabled=true", "mlflow.tracking_uri=http://127.0.0.1:1"]
+    status, checks = doctor(tmp_path, str(recipe_file), *changes)
+    assert status == 1
+    assert {name for name, c in checks.items() if c["state"] == "fail"} == {"storage", "MLflow", "Ray token"}
+    assert all(c["advice"] for c in checks.values() if c["state"] == "fail")
+
+
+def test_nodes_that_differ() -> None:
+    told = diagnosis.node()
+    same = list(diagnosis.compare(versions(), told, told["time"] - 1, told["time"] + 1))
+    assert same[0].found == "the same versions as here"
+    assert not [c for c in same if "clock" in c.found]
+    other = told | {"versions": told["versions"] | {"torch": "1.0"}}
+    checks = list(diagnosis.compare(versions(), other, told["time"] + 100, told["time"] + 101))
+    assert checks[0].state == "fail"
+    assert "torch 1.0 (here " in checks[0].found
+    assert checks[1].found == "its clock differs by 100 s"
