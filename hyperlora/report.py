@@ -237,10 +237,13 @@ def _curves(contestants: Sequence[Contestant], looks: Mapping[str, Any], result:
     def gaps(figure: Figure) -> None:
         axes = figure.subplots()
         axes.axhline(0, color=INK, linewidth=1.2)
+        drawn = [np.zeros(len(steps))]
         for name, by_seed in reversed(curves.items()):
             shared = [by_seed[seed] - base[seed] for seed in by_seed if seed in base]
             if shared and name != result["baseline"]:
                 _band(axes, steps + 1, np.stack(shared), looks[name])
+                drawn += shared
+        _frame(axes, drawn)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("smoothed loss − baseline's, nats")
 
@@ -248,7 +251,10 @@ def _curves(contestants: Sequence[Contestant], looks: Mapping[str, Any], result:
     gap = "Difference of the smoothed training loss to the baseline's of the same seed, of every contestant"
     first = figure("loss", alt, 4.6, 3.4, losses)
     second = figure("gap", gap, 4.6, 3.4, gaps) if base else ""
-    caption = "Mean over seeds; bands are one standard deviation. Right or below: paired difference, less is faster."
+    caption = (
+        "Mean over seeds; bands are one standard deviation. The first tenth of the steps may leave the frame. Right or "
+        "below: paired difference, less is faster."
+    )
     return f'<div class="pair">{first}{second}</div><p class="quiet">{caption}</p>'
 
 
