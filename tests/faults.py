@@ -1,0 +1,288 @@
+"""Faults at random moments of real runs on a real S3 endpoint, drawn from a seed: nothing may be lost or wrongly read.
+
+    python -m tests.faults --injections 50 --seed 0 [--ray-share 0.1] [--json FILE]
+
+A run of the small recipe is trained without faults; then the same run again and again, with faults until the wanted
+number has been injected. Whatever happens, every run has to end with the same bytes in its adapter, to lose no
+checkpoint that was committed, to say by name which file it refused, and to end with a status that says what happened.
+
+    kill           SIGKILL of the driver and all that it started
+    worker         SIGKILL of one Ray worker (runs with Ray only); it is started again
+    term           SIGTERM: a checkpoint of the step at hand, status 143
+    outage         the endpoint's process is killed and comes back after a while
+    error          the endpoint answers 500 or 503 a few times
+    slow           it takes its time for a few requests
+    half           it sends half of a body and hangs up
+    truncated      killed, and the newest checkpoint loses the end of a file
+    flipped        killed, and a bit of the newest checkpoint changes
+    second         another driver is told to go on with the run while the first is at work
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "integration"))
+
+import s3
+from conftest import small_recipe
+
+from hyperlora import checkpoint, storage
+
+STORE = "s3://faults/runs"
+KINDS = ("kill", "term", "outage", "error", "slow", "half", "truncated", "flipped", "second")
+#: Faults of one run at most; then it may end.
+PER_RUN = 4
+
+
+@dataclass
+class Harness:
+    """The endpoint, the recipe, and what has happened."""
+
+    proxy: s3.Proxy
+    recipe: Path
+    draw: random.Random
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    expected: dict[str, bytes] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def start(self, *more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines.cli", "train", str(self.recipe), *more],
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def folder(self) -> str | None:
+        """The run's folder, once it is there."""
+        found = storage.glob(STORE, "*/run.json")
+        assert len(found) <= 1, f"one command, several runs: {found}"
+        return f"{STORE}/{found[0].removesuffix('/run.json')}" if found else None
+
+    def reference(self) -> None:
+        """The run without faults: what every other has to end with."""
+        began = time.monotonic()
+        process = self.start()
+        message = process.communicate(timeout=600)[1]
+        assert process.returncode == 0, message
+        self.seconds = time.monotonic() - began
+        self.expected, self.losses = self.outcome()
+        storage.remove_tree(STORE)
+
+    def outcome(self) -> tuple[dict[str, bytes], list[float]]:
+        folder = self.folder()
+        assert folder is not None
+        result = json.loads(storage.read(f"{folder}/result.json"))
+        names = ("adapter_model.safetensors", "adapter_config.json")
+        return {n: storage.read(f"{folder}/adapter/{n}") for n in names}, result["losses"]
+
+    # ------------------------------------------------------------ faults
+
+    def inject(self, kind: str, process: subprocess.Popen[str]) -> bool:
+        """Whether the process has to be started again."""
+        return getattr(self, f"_{kind}")(process)
+
+    def _kill(self, process: subprocess.Popen[str]) -> bool:
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        os.killpg(process.pid, signal.SIGKILL)
+        for member in family:
+            if member.is_running():
+                member.kill()
+        process.communicate()
+        return True
+
+    def _worker(self, process: subprocess.Popen[str]) -> bool:
+        workers = [
+            p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline())
+        ]
+        if workers:
+            self.draw.choice(workers).kill()
+        return False
+
+    def _term(self, process: subprocess.Popen[str]) -> bool:
+        os.kill(process.pid, signal.SIGTERM)
+        message = process.communicate(timeout=300)[1]
+        assert process.returncode in (0, 143, -signal.SIGTERM), message
+        if process.returncode == 143 and self.folder() is not None and "the last checkpoint is" in message:
+            newest = checkpoint.load(checkpoint.committed(str(self.folder()))[-1])
+            assert f"after step {newest.trainer['step']} of" in " ".join(message.split()), message
+        return process.returncode != 0
+
+    def _outage(self, process: subprocess.Popen[str]) -> bool:
+        self.proxy.stop()
+        time.sleep(self.draw.uniform(0.5, 4))
+        self.proxy.start()
+        return False
+
+    def _error(self, process: subprocess.Popen[str]) -> bool:
+        status, times = self.draw.choice((500, 503)), self.draw.randint(1, 4)
+        self.proxy.faults({"kind": "status", "status": status, "times": times})
+        return False
+
+    def _slow(self, process: subprocess.Popen[str]) -> bool:
+        self.proxy.faults({"kind": "slow", "seconds": self.draw.uniform(0.5, 3), "times": self.draw.randint(1, 4)})
+        return False
+
+    def _half(self, process: subprocess.Popen[str]) -> bool:
+        self.proxy.faults({"kind": "half", "method": "GET", "times": self.draw.randint(1, 3)})
+        return False
+
+    def _truncated(self, process: subprocess.Popen[str]) -> bool:
+        return self._damage(process, lambda data: data[: self.draw.randrange(len(data))])
+
+    def _flipped(self, process: subprocess.Popen[str]) -> bool:
+        def flip(data: bytes) -> bytes:
+            place = self.draw.randrange(len(data))
+            return data[:place] + bytes([data[place] ^ (1 << self.draw.randrange(8))]) + data[place + 1 :]
+
+        return self._damage(process, flip)
+
+    def _damage(self, process: subprocess.Popen[str], change: Callable[[bytes], bytes]) -> bool:
+        self._kill(process)
+        folder = self.folder()
+        good = checkpoint.committed(folder) if folder is not None else []
+        # With a single checkpoint the run is rightly refused: there is nothing to fall back to.
+        if len(good) > 1:
+            file = f"{good[-1]}/{self.draw.choice(('state.safetensors', 'trainer.json', 'adapter_model.safetensors'))}"
+            storage.write(file, change(storage.read(file)))
+            self.damaged = file
+        return True
+
+    damaged: str | None = None
+
+    def _second(self, process: subprocess.Popen[str]) -> bool:
+        if self.folder() is None:
+            return False
+        other = self.start("--resume")
+        message = " ".join(other.communicate(timeout=300)[1].split())
+        refusals = ("belongs to a command that is running", "is claimed by several", "this run is finished")
+        assert other.returncode == 2, message
+        assert any(r in message for r in refusals), message
+        return False
+
+    # ------------------------------------------------------------ one run
+
+    def run(self, kinds: list[str], *options: str) -> None:
+        """One run from its start to its end, with these faults."""
+        self.proxy.faults()
+        resume: tuple[str, ...] = ()
+        waiting = list(kinds)
+        while True:
+            newest = self._newest()
+            process = self.start(*options, *resume)
+            again = False
+            while waiting and not again:
+                # Starting takes most of a small run: moments are drawn from the time after it as well.
+                time.sleep(self.draw.uniform(0.3, 1) * self.seconds * self.draw.uniform(0.3, 1))
+                if process.poll() is not None:
+                    break
+                kind = waiting.pop(0)
+                step, damaged = self._newest(), self.damaged
+                again = self.inject(kind, process)
+                if kind in ("truncated", "flipped") and self.damaged == damaged:
+                    kind = "kill"  # there was nothing to damage yet
+                self.log.append({"kind": kind, "committed_before": step, "restart": again})
+            if not again:
+                message = process.communicate(timeout=600)[1]
+                if process.returncode == 0:
+                    break
+                assert "the store does not answer" in message or "could not be stored" in message or waiting, message
+            resume = ("--resume",) if self.folder() is not None else ()
+            self._check_refusal(newest)
+        adapter, losses = self.outcome()
+        assert losses == self.losses or options, "the same losses"
+        assert adapter == self.expected or options, "the same adapter, to the byte"
+        if options:
+            assert len(losses) == len(self.losses)
+            assert max(abs(a - b) for a, b in zip(losses, self.losses, strict=True)) < 1e-6
+        self._check_warning()
+        storage.remove_tree(STORE)
+
+    def _newest(self) -> int:
+        folder = self.folder()
+        good = checkpoint.committed(folder) if folder is not None else []
+        return max(map(checkpoint.step_of, good), default=0)
+
+    def _check_refusal(self, before: int) -> None:
+        assert self._newest() >= before, "a committed checkpoint is gone"
+
+    def _check_warning(self) -> None:
+        """A damaged file was refused by its name."""
+        if self.damaged is None:
+            return
+        result = json.loads(storage.read(f"{self.folder()}/result.json"))
+        told = " ".join(w["message"] for w in result["warnings"])
+        assert self.damaged in told, (self.damaged, told)
+        self.damaged = None
+
+
+def harness(folder: Path, seed: int, injections: int, ray_share: float = 0.0) -> dict[str, Any]:
+    """Inject faults until there were so many; returns what happened.
+
+    Raises:
+        AssertionError: something was lost, wrongly read, or ended without saying why.
+    """
+    # One thread each: the bits of a sum depend on how many threads made it, and two processes share the machine.
+    os.environ.update(s3.ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
+    content = small_recipe(folder)
+    content["training"] |= {"steps": 150, "checkpoint_every": 5, "eval_before": False}
+    content["storage"] = {"uri": STORE, "retry_seconds": 20, "final_retry_seconds": 60}
+    recipe = folder / "small.yaml"
+    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
+    draw = random.Random(seed)
+    runs = 0
+    with s3.running(s3.moto()) as moto, s3.running(s3.Proxy(moto)) as proxy:
+        assert isinstance(proxy, s3.Proxy)
+        os.environ["AWS_ENDPOINT_URL"] = proxy.url
+        type(storage.filesystem(STORE)[0]).clear_instance_cache()
+        storage.filesystem(STORE)[0].mkdir("faults")
+        state = Harness(proxy, recipe, draw)
+        state.reference()
+        while len(state.log) < injections:
+            left = injections - len(state.log)
+            with_ray = draw.random() < ray_share
+            kinds = (*KINDS, "worker", "worker") if with_ray else KINDS
+            chosen = [draw.choice(kinds) for _ in range(min(left, draw.randint(1, PER_RUN)))]
+            state.run(chosen, *(("ray.backend=ray", "ray.num_workers=2") if with_ray else ()))
+            runs += 1
+            print(f"{len(state.log)}/{injections} faults in {runs} runs: {' '.join(chosen)}", flush=True)
+    counts = Counter(entry["kind"] for entry in state.log)
+    return {"seed": seed, "injections": len(state.log), "runs": runs, "kinds": dict(counts), "log": state.log}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--injections", type=int, default=50)
+    parser.add_argument("--ray-share", type=float, default=0.1)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = harness(Path(folder), arguments.seed, arguments.injections, arguments.ray_share)
+    print(f"{result['injections']} faults in {result['runs']} runs: every run ended with the same adapter")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
