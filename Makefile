@@ -10,11 +10,12 @@ BIN = $(VENV)/bin
 quickstart: setup
 	$(BIN)/hyperlora train quickstart
 
+# One thread for each process: the models of the tests are too small for more, and workers share the cores.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term
 
 setup: $(VENV)/.ready
 
