@@ -9,12 +9,11 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from hyperlora import storage, uris
+from hyperlora import storage, tokens, uris
 from hyperlora.config import MLflowConfig
 
 #: Free bytes below which a checkpoint, a model or Ray's object store may not fit.
@@ -145,13 +144,9 @@ def compare(here: Mapping[str, str], told: Mapping[str, Any], asked: float, answ
 
 
 def token() -> Check:
-    """Whether Ray asks for a token, and has one."""
-    mode = os.environ.get("RAY_AUTH_MODE", "")
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
-    known = bool(os.environ.get("RAY_AUTH_TOKEN")) or file.is_file()
-    if mode == "token" and not known:
+    """Whether there is a token for Ray when it is asked for."""
+    known = tokens.known()
+    if os.environ.get("RAY_AUTH_MODE") == "token" and not known:
         advice = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file, or write ~/.ray/auth_token"
         return Check("Ray token", "fail", "RAY_AUTH_MODE is token, and there is none", advice)
-    if mode == "token":
-        return Check("Ray token", "ok", "given")
-    return Check("Ray token", "ok", "not asked for here; a cluster that others reach needs one (RAY_AUTH_MODE=token)")
+    return Check("Ray token", "ok", "given" if known else "none; a cluster that others reach should ask for one")

@@ -28,6 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from requests.exceptions import RequestException
 
+from hyperlora import tokens
 from hyperlora.config import Problem, RecipeError
 
 PACKAGES = ("hyperlora", "pipelines", "tune_spaces")
@@ -72,7 +73,7 @@ def connect(address: str) -> JobSubmissionClient:
     try:
         client = JobSubmissionClient(url)
         client.get_version()
-    except (RuntimeError, ConnectionError, RequestException, OSError, ValueError) as error:
+    except (RayError, RuntimeError, RequestException, OSError, ValueError) as error:
         raise _refusal(address, error) from error
     return client
 
@@ -81,8 +82,8 @@ def _refusal(address: str, error: Exception) -> RecipeError:
     text = str(error).strip()
     if "Authentication" in text or "401" in text or "403" in text:
         allowed = (
-            "a cluster that lets this user in: set RAY_AUTH_MODE=token and give the cluster's token in RAY_AUTH_TOKEN, "
-            f"in a file named by RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token ({text.splitlines()[0]})"
+            "a cluster that lets this user in: give its token in RAY_AUTH_TOKEN, in a file named by "
+            f"RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token ({text.splitlines()[0]})"
         )
     else:
         allowed = f"the dashboard of a running Ray cluster ({text.splitlines()[0] if text else type(error).__name__})"
@@ -96,7 +97,7 @@ def unprotected(address: str) -> bool:
         local = ip_address(host).is_loopback
     except ValueError:
         local = host == "localhost"
-    return not local and os.environ.get("RAY_AUTH_MODE") != "token"
+    return not local and not tokens.known()
 
 
 def pack(job: Job, folder: Path) -> int:

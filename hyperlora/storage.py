@@ -269,12 +269,14 @@ def remove(uri: str) -> None:
 
 
 def remove_tree(uri: str) -> None:
-    """Delete a folder with all that is in it, if it is there.
+    """Delete a folder with all that is in it, if it is there; others may delete in it at the same time.
 
     Raises:
         StorageError: it could not be deleted.
     """
     with _translated(uri):
         fs, path = filesystem(uri)
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+        while fs.exists(path):
+            # What somebody else deleted meanwhile is one file less: this ends.
+            with suppress(FileNotFoundError):
+                fs.rm(path, recursive=True)

@@ -165,6 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     console = Console()
     _quiet(args.verbose)
+    from hyperlora import tokens
+
+    if "address" in args:
+        tokens.use()
     from hyperlora.config import RecipeError
     from hyperlora.storage import StorageError
     from hyperlora.training import NonFiniteError, StoppedError

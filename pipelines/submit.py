@@ -34,8 +34,8 @@ def main(args: Namespace, inner: Namespace, console: Console) -> int:
     job = _job(args, inner)
     if jobs.unprotected(args.address):
         console.print(
-            f"[yellow]{args.address} is another machine, and RAY_AUTH_MODE is not token: whoever reaches it can run "
-            "any code there[/]",
+            f"[yellow]{args.address} is another machine, and there is no token for it: if it asks for none, whoever "
+            "reaches it can run any code there[/]",
             soft_wrap=True,
         )
     client = jobs.connect(args.address)

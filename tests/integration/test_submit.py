@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +22,7 @@ from hyperlora import jobs
 from pipelines.cli import main
 
 BIN = Path(sys.executable).parent
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def free_port() -> int:
@@ -34,14 +35,20 @@ def free_port() -> int:
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two nodes with one CPU each, so that two workers need both; the dashboard's URL."""
     port, dashboard = free_port(), free_port()
-    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    env = os.environ | TOKEN | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
     temporary = f"/tmp/hl{os.getpid()}"  # sockets' paths may have 107 characters
     ray = [str(BIN / "ray"), "start", "--num-cpus=1", "--disable-usage-stats", "--block"]
-    head = [*ray, "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}"]
+
+    def agent() -> list[str]:
+        # Nodes of one machine, and other Rays there, must not share these ports.
+        names = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
+        return [f"--{name}={free_port()}" for name in names]
+
+    head = [*ray, *agent(), "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}"]
     nodes = [subprocess.Popen(head, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)]
     try:
         wait_until(lambda: answers(dashboard), 120)
-        more = [*ray, f"--address=127.0.0.1:{port}"]
+        more = [*ray, *agent(), f"--address=127.0.0.1:{port}"]
         nodes.append(subprocess.Popen(more, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         yield f"http://127.0.0.1:{dashboard}"
     finally:
@@ -73,59 +80,62 @@ def recipe_file(folder: Path, name: str, **training: Any) -> Path:
     return path
 
 
-def submit(address: str, folder: Path, *words: str) -> dict[str, Any]:
+def hyperlora(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a user has it: Ray reads the token's settings once."""
+    command = [sys.executable, "-m", "pipelines.cli", *words]
+    env = os.environ | {"RAY_AUTH_TOKEN": TOKEN["RAY_AUTH_TOKEN"]} | environment
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def submit(address: str, folder: Path, *words: str, **environment: str) -> dict[str, Any]:
     summary = folder / "job.json"
-    status = main(["submit", *words, "--address", address, "--json", str(summary)])
-    return json.loads(summary.read_text()) | {"exit": status}
+    done = hyperlora("submit", *words, "--address", address, "--json", str(summary), **environment)
+    assert summary.is_file(), done.stderr
+    return json.loads(summary.read_text()) | {"exit": done.returncode, "shown": done.stdout}
 
 
 def results(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(p.read_text()) for p in sorted(folder.glob(f"runs/{name}-*/result.json"))]
 
 
-def test_a_job_trains_on_the_cluster_as_a_local_run_does(
-    address: str, tmp_path: Path, capfd: Any, monkeypatch: Any
-) -> None:
+def test_a_job_trains_on_the_cluster_as_a_local_run_does(address: str, tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "job")
-    monkeypatch.setenv("STORE_KEY", "topsecret")
-    done = submit(address, tmp_path, "train", str(path), "training.steps=12", "--env", "STORE_KEY")
-    shown = capfd.readouterr().out
-    assert (done["exit"], done["status"]) == (0, "SUCCEEDED"), shown
-    assert done["job_id"] in shown
-    assert "held-out exact match" in shown
-    info = jobs.connect(address).get_job_info(done["job_id"])
-    assert info.runtime_env["env_vars"]["STORE_KEY"] == "topsecret"
-    assert "topsecret" not in f"{info.entrypoint} {info.metadata} {shown} {done}"
+    words = ("train", str(path), "training.steps=12", "--env", "STORE_KEY")
+    done = submit(address, tmp_path, *words, STORE_KEY="topsecret")
+    assert (done["exit"], done["status"]) == (0, "SUCCEEDED"), done["shown"]
+    assert done["job_id"] in done["shown"]
+    assert "held-out exact match" in done["shown"]
+    assert "topsecret" not in str(done)
     (remote,) = results(tmp_path, "job")
     assert remote["workers"] == 2
     assert main(["train", str(path), "training.steps=12", "ray.backend=local", "ray.num_workers=1"]) == 0
     local = results(tmp_path, "job")[-1]
     assert remote["losses"] == pytest.approx(local["losses"], abs=1e-6)
-    assert main(["jobs", "--address", address]) == 0
-    assert re.search(rf"{done['job_id']}\s+SUCCEEDED", capfd.readouterr().out)
-    assert main(["logs", done["job_id"], "--address", address]) == 0
-    assert "held-out exact match" in capfd.readouterr().out
+    listed = hyperlora("jobs", "--address", address)
+    assert re.search(rf"{done['job_id']}\s+SUCCEEDED", listed.stdout), listed
+    assert "topsecret" not in listed.stdout
+    assert "held-out exact match" in hyperlora("logs", done["job_id"], "--address", address).stdout
 
 
 def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(address: str, tmp_path: Path) -> None:
-    path = recipe_file(tmp_path, "long", steps=300, checkpoint_every=1000)
+    path = recipe_file(tmp_path, "long", steps=150, checkpoint_every=1000)
     job = submit(address, tmp_path, "train", str(path), "--no-follow")
     assert job["exit"] == 0
-    code: list[int] = []
-    follower = threading.Thread(
-        target=lambda: code.append(main(["logs", job["job_id"], "--follow", "--address", address]))
-    )
-    follower.start()
-    log = [str(BIN / "hyperlora"), "logs", job["job_id"], "--address", address]
-    wait_until(lambda: "step 20/300" in subprocess.run(log, capture_output=True, text=True, check=False).stdout, 300)
-    assert main(["stop", job["job_id"], "--address", address]) == 0
-    follower.join(60)
-    assert code == [143]
+    command = [sys.executable, "-m", "pipelines.cli", "logs", job["job_id"], "--follow", "--address", address]
+    env = os.environ | {"RAY_AUTH_TOKEN": TOKEN["RAY_AUTH_TOKEN"]}
+    follower = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    assert follower.stdout is not None
+    for line in follower.stdout:
+        if (shown := re.search(r"step (\d+)/150", line)) and int(shown[1]) >= 1:
+            break
+    assert hyperlora("stop", job["job_id"], "--address", address).returncode == 0
+    follower.communicate(timeout=60)
+    assert follower.returncode == 143
     (saved,) = tmp_path.glob("runs/long-*/checkpoints/*/trainer.json")
     step = json.loads(saved.read_text())["step"]
-    assert 20 <= step < 300
+    assert 1 <= step < 150
     again = submit(address, tmp_path, "train", str(path), "--resume")
-    assert again["exit"] == 0
+    assert again["exit"] == 0, again["shown"]
     (resumed,) = results(tmp_path, "long")
     assert main(["train", str(path), "ray.backend=local", "ray.num_workers=1"]) == 0
     whole = results(tmp_path, "long")[-1]
@@ -133,19 +143,25 @@ def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(addre
     assert resumed["modules"] == whole["modules"]
 
 
-def test_a_failing_job_fails_the_command(address: str, tmp_path: Path, capfd: Any) -> None:
+def test_a_failing_job_fails_the_command(address: str, tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "bad")
     done = submit(address, tmp_path, "train", str(path), "ray.num_workers=64", "training.batch_size=64")
     assert (done["exit"], done["status"]) == (1, "FAILED")
-    assert "ray.num_workers" in capfd.readouterr().out
+    assert "ray.num_workers" in done["shown"]
 
 
-def test_the_doctor_tries_every_node(address: str, tmp_path: Path, capfd: Any) -> None:
+def test_the_doctor_tries_every_node(address: str, tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "doctor")
-    assert main(["doctor", str(path), "mlflow.enabled=true", "--address", address]) == 0
-    shown = capfd.readouterr().out
-    assert len(re.findall(r"ok\s+node [^,\n]+: the same versions as here", shown)) == 2
-    assert shown.count("written and read in") == 2, "here and there"
+    done = hyperlora("doctor", str(path), "mlflow.enabled=true", "--address", address)
+    assert done.returncode == 0, done
+    assert len(re.findall(r"ok\s+node [^,\n]+: the same versions as here", done.stdout)) == 2
+    assert done.stdout.count("written and read in") == 2, "here and there"
+
+
+def test_without_the_token_it_says_how_to_give_it(address: str, tmp_path: Path) -> None:
+    done = hyperlora("jobs", "--address", address, HOME=str(tmp_path), RAY_AUTH_TOKEN="")
+    assert done.returncode == 2
+    assert "give its token in RAY_AUTH_TOKEN" in " ".join(done.stderr.split())
 
 
 def test_what_cannot_work_on_a_cluster_is_refused_here(tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:

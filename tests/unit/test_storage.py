@@ -150,3 +150,25 @@ def test_a_permanent_error_or_the_wish_to_give_up_ends_it_at_once() -> None:
         with pytest.raises(StorageError):
             patiently(action, 7, patience=60, give_up=event if action is given_up else None)
         assert action.calls == 1
+
+
+def test_two_may_delete_a_tree_at_once(tmp_path: Path) -> None:
+    for n in range(300):
+        folder = tmp_path / f"tree/{n % 7}/{n}"
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("x")
+    failures: list[BaseException] = []
+
+    def delete() -> None:
+        try:
+            storage.remove_tree(str(tmp_path / "tree"))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=delete) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert not (tmp_path / "tree").exists()
