@@ -129,7 +129,8 @@ def listing(args: Namespace, console: Console) -> int:
         {
             "job_id": j.submission_id or j.job_id,
             "status": j.status.value,
-            "started": j.start_time and datetime.fromtimestamp(j.start_time / 1000).astimezone().isoformat("minutes"),
+            "started": j.start_time
+            and datetime.fromtimestamp(j.start_time / 1000).astimezone().isoformat(timespec="minutes"),
             "seconds": j.start_time and ((j.end_time or datetime.now().timestamp() * 1000) - j.start_time) / 1000,
             "command": (j.metadata or {}).get("hyperlora", j.entrypoint),
         }
