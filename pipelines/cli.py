@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet(args.verbose)
     from hyperlora import tokens
 
-    if "address" in args:
+    if getattr(args, "address", None) is not None:
         tokens.use()
     from hyperlora.config import RecipeError
     from hyperlora.storage import StorageError

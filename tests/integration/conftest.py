@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ def small_recipe(folder: Path) -> dict[str, Any]:
         "storage": {"uri": str(folder / "runs")},
         "mlflow": {"tracking_uri": f"sqlite:///{folder / 'mlflow.db'}", "enabled": False},
     }
+
+
+@pytest.fixture(autouse=True)
+def tokens_are_not_left_behind() -> Iterator[None]:
+    """A command that went to a cluster has Ray send a token; the Ray of the next test must not learn of it."""
+    before = os.environ.get("RAY_AUTH_MODE")
+    yield
+    if before is None:
+        os.environ.pop("RAY_AUTH_MODE", None)
+    else:
+        os.environ["RAY_AUTH_MODE"] = before
 
 
 @pytest.fixture
