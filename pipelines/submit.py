@@ -137,8 +137,9 @@ def listing(args: Namespace, console: Console) -> int:
         for j in found
     ]
     table = Table(box=None, padding=(0, 2), pad_edge=False)
-    for column in ("job", "status", "started", "minutes", "command"):
-        table.add_column(column, overflow="fold")
+    for column in ("job", "status", "started", "minutes"):
+        table.add_column(column, no_wrap=True)  # an id in two lines cannot be copied
+    table.add_column("command", overflow="fold")
     for r in rows:
         minutes = "" if r["seconds"] is None else f"{float(r['seconds']) / 60:.1f}"
         table.add_row(*(Text(str(x or "")) for x in (r["job_id"], r["status"], r["started"], minutes, r["command"])))
