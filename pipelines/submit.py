@@ -136,13 +136,14 @@ def listing(args: Namespace, console: Console) -> int:
         }
         for j in found
     ]
-    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
     for column in ("job", "status", "started", "minutes"):
         table.add_column(column, no_wrap=True)  # an id in two lines cannot be copied
-    table.add_column("command", overflow="fold")
+    table.add_column("command", overflow="fold", min_width=16)
     for r in rows:
         minutes = "" if r["seconds"] is None else f"{float(r['seconds']) / 60:.1f}"
-        table.add_row(*(Text(str(x or "")) for x in (r["job_id"], r["status"], r["started"], minutes, r["command"])))
+        started = str(r["started"] or "")[:16].replace("T", " ")
+        table.add_row(*(Text(str(x)) for x in (r["job_id"], r["status"], started, minutes, r["command"])))
     console.print(table)
     write_json(args.json, rows)
     return 0
