@@ -6,15 +6,19 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import shlex
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from hyperlora import storage
+from hyperlora import storage, uris
 from hyperlora.config import Problem, Recipe, RecipeError, apply_overrides, parse, read_yaml
 from hyperlora.storage import patiently
+
+T = TypeVar("T")
 
 #: Seeds, trials at a time: more is a typing error.
 MOST = 1000
@@ -83,6 +87,32 @@ def number(option: str, text: str, kind: type, allowed: str, problems: list[Prob
         problems.append(Problem(option, text, allowed))
         value = 0
     return value
+
+
+def command_line(args: Namespace, *options: str) -> str:
+    """The command as somebody would type it again, with the options that have a value."""
+    words = ["hyperlora", args.command, args.recipe, *args.overrides]
+    for option in options:
+        if value := getattr(args, option.replace("-", "_")):
+            words += [f"--{option}", value]
+    return shlex.join(words)
+
+
+def gathered(problems: list[Problem], read: Callable[[], T]) -> T | None:
+    """What ``read`` returns; None when it raises RecipeError, whose problems then join the others."""
+    try:
+        return read()
+    except RecipeError as error:
+        problems += error.problems
+        return None
+
+
+def check_out(out: str | None, recipe: Recipe | None, problems: list[Problem]) -> None:
+    """Find out whether the folder of a search is a local one; by default it lies in the recipe's ``storage.uri``."""
+    if recipe is not None and out is None and "://" in recipe.storage.uri:
+        problems.append(Problem("--out", None, f"a local folder: storage.uri is {recipe.storage.uri}"))
+    if out is not None and ("://" in out or not out.strip()):
+        problems.append(Problem("--out", uris.redacted(out), "a local folder"))
 
 
 @contextmanager

@@ -7,7 +7,6 @@ OUT/comparison.json, comparison.html   the result, also while trials are missing
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from hyperlora import tracking, uris
+from hyperlora import tracking
 from hyperlora.comparison import analyse, final_loss
 from hyperlora.config import Problem, Recipe, RecipeError
 from hyperlora.field import Contestant, Entry, planned, rate, read_field, resolve
@@ -27,7 +26,20 @@ from hyperlora.preflight import Estimate, inspect
 from hyperlora.report import comparison_page
 from hyperlora.search import Result, Trial, run
 from pipelines import screens
-from pipelines.common import MOST, alone, is_file, load_recipe, number, owned, replace_text, shipped, write_json
+from pipelines.common import (
+    MOST,
+    alone,
+    check_out,
+    command_line,
+    gathered,
+    is_file,
+    load_recipe,
+    number,
+    owned,
+    replace_text,
+    shipped,
+    write_json,
+)
 from pipelines.progress import TrialsProgress
 
 SELECTION = (
@@ -128,38 +140,28 @@ def _resolve(args: Namespace) -> Comparison:
     """
     problems: list[Problem] = []
     rates, seeds, concurrency = _options(args, problems)
-    recipe, field = None, None
-    try:
-        recipe = load_recipe(args.recipe, args.overrides)
-    except RecipeError as error:
-        problems += error.problems
+    recipe = gathered(problems, lambda: load_recipe(args.recipe, args.overrides))
+    field = None
     fields = shipped("fields")
     path = fields.get(args.field, Path(args.field))
     if not is_file(path):
         problems.append(Problem("--field", args.field, f"a YAML file or one of: {', '.join(fields)}"))
     else:
-        try:
-            field = read_field(path)
-        except RecipeError as error:
-            problems += error.problems
+        field = gathered(problems, lambda: read_field(path))
     contestants: list[Contestant] = []
     if recipe is not None and field is not None:
         only = [name.strip() for name in args.only.split(",") if name.strip()]
-        try:
-            contestants = resolve(field, alone(recipe), only)
-        except RecipeError as error:
-            problems += error.problems
-    if recipe is not None and args.out is None and "://" in recipe.storage.uri:
-        problems.append(Problem("--out", None, f"a local folder: storage.uri is {recipe.storage.uri}"))
-    if args.out is not None and ("://" in args.out or not args.out.strip()):
-        problems.append(Problem("--out", uris.redacted(args.out), "a local folder"))
+        trial = alone(recipe)
+        contestants = gathered(problems, lambda: resolve(field, trial, only)) or []
+    check_out(args.out, recipe, problems)
     if problems:
         raise RecipeError(problems)
     assert recipe is not None
     assert field is not None
     suffix = "" if args.field == "default" else f"-{path.stem}"
     out = Path(args.out or f"{recipe.storage.uri}/compare-{recipe.name}{suffix}").absolute()
-    return Comparison(recipe, contestants, field.baseline, rates, seeds, concurrency, out, _command(args))
+    command = command_line(args, "field", "only", "lrs", "seeds", "concurrency", "out")
+    return Comparison(recipe, contestants, field.baseline, rates, seeds, concurrency, out, command)
 
 
 def _options(args: Namespace, problems: list[Problem]) -> tuple[list[float], list[int], int]:
@@ -171,14 +173,6 @@ def _options(args: Namespace, problems: list[Problem]) -> tuple[list[float], lis
     seeds = number("--seeds", args.seeds, int, f"a whole number of seeds, 1 to {MOST}", problems)
     concurrency = number("--concurrency", args.concurrency, int, f"a whole number of trials, 1 to {MOST}", problems)
     return sorted(rates), list(range(1, seeds + 1)), concurrency
-
-
-def _command(args: Namespace) -> str:
-    words = ["hyperlora", "compare", args.recipe, *args.overrides]
-    for option in ("field", "only", "lrs", "seeds", "concurrency", "out"):
-        if getattr(args, option):
-            words += [f"--{option}", getattr(args, option)]
-    return shlex.join(words)
 
 
 def _inspect(contestants: Sequence[Contestant]) -> dict[str, Estimate]:

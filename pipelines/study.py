@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +30,18 @@ from hyperlora.study import REFERENCE, analyse, measured, row
 from hyperlora.study_page import study_page
 from hyperlora.tasks import FAMILIES
 from pipelines import screens
-from pipelines.common import alone, load_recipe, number, owned, replace_text, write_json
+from pipelines.common import (
+    MOST,
+    alone,
+    check_out,
+    command_line,
+    gathered,
+    load_recipe,
+    number,
+    owned,
+    replace_text,
+    write_json,
+)
 from pipelines.cost import Cost, probe
 from pipelines.progress import TrialsProgress
 from tune_spaces.design import DESIGNS, points_of
@@ -156,21 +166,15 @@ def _resolve(args: Namespace) -> Options:
         RecipeError: with all that is wrong with options, recipe and space.
     """
     problems: list[Problem] = []
-    recipe, space, rates = None, None, []
-    try:
-        recipe = load_recipe(args.recipe, args.overrides)
-    except RecipeError as error:
-        problems += error.problems
-    try:
-        space = read_space(args.space)
-    except RecipeError as error:
-        problems += error.problems
+    recipe = gathered(problems, lambda: load_recipe(args.recipe, args.overrides))
+    space = gathered(problems, lambda: read_space(args.space))
+    rates = []
     if args.lora_lrs != "none":
         allowed = "learning rates above 0, or none"
         rates = [rate(number("--lora-lrs", t, float, allowed, problems)) for t in args.lora_lrs.split(",")]
-    seeds = number("--seeds", args.seeds, int, "a whole number of seeds, at least 1", problems)
-    points = number("--points", args.points, int, "a whole number of points, at least 1", problems)
-    concurrency = number("--concurrency", args.concurrency, int, "a whole number of trials, at least 1", problems)
+    seeds = number("--seeds", args.seeds, int, f"a whole number of seeds, 1 to {MOST}", problems)
+    points = number("--points", args.points, int, f"a whole number of points, 1 to {MOST}", problems)
+    concurrency = number("--concurrency", args.concurrency, int, f"a whole number of trials, 1 to {MOST}", problems)
     if args.design not in DESIGNS:
         problems.append(Problem("--design", args.design, f"allowed: {', '.join(DESIGNS)}"))
     metric = args.metric
@@ -179,17 +183,13 @@ def _resolve(args: Namespace) -> Options:
         metric = metric or next(iter(names))
         if metric not in names:
             problems.append(Problem("--metric", metric, f"allowed: {', '.join(names)}"))
-        if args.out is None and "://" in recipe.storage.uri:
-            problems.append(Problem("--out", None, f"a local folder: storage.uri is {recipe.storage.uri}"))
+    check_out(args.out, recipe, problems)
     if problems:
         raise RecipeError(problems)
     assert recipe is not None
     assert space is not None
     out = Path(args.out or f"{recipe.storage.uri}/study-{recipe.name}-{space.name}").absolute()
-    words = ["hyperlora", "study", args.recipe, *args.overrides]
-    for option in ("space", "seeds", "design", "points", "metric", "lora-lrs", "concurrency", "out"):
-        if getattr(args, option.replace("-", "_")):
-            words += [f"--{option}", getattr(args, option.replace("-", "_"))]
+    options = ("space", "seeds", "design", "points", "metric", "lora-lrs", "concurrency", "out")
     return Options(
         recipe=trial_recipe(recipe),
         tracked=recipe,
@@ -201,7 +201,7 @@ def _resolve(args: Namespace) -> Options:
         rates=sorted(set(rates)),
         concurrency=concurrency,
         out=out,
-        command=shlex.join(words),
+        command=command_line(args, *options),
     )
 
 

@@ -8,7 +8,6 @@ OUT/trials.csv, trials.parquet   all trials as a table
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +30,17 @@ from hyperlora.tasks import FAMILIES
 from hyperlora.tuning import Search, Stopping
 from hyperlora.tuning_report import analyse, tuning_page
 from pipelines import screens
-from pipelines.common import load_recipe, number, owned, replace_text, write_json
+from pipelines.common import (
+    MOST,
+    check_out,
+    command_line,
+    gathered,
+    load_recipe,
+    number,
+    owned,
+    replace_text,
+    write_json,
+)
 from pipelines.cost import probe
 from pipelines.progress import TrialsProgress
 from pipelines.study import fingerprints, parameters, provenance, trial_recipe
@@ -134,16 +143,9 @@ def _resolve(args: Namespace) -> Options:
         RecipeError: with all that is wrong with options, recipe and space.
     """
     problems: list[Problem] = []
-    recipe, space = None, None
-    try:
-        recipe = load_recipe(args.recipe, args.overrides)
-    except RecipeError as error:
-        problems += error.problems
-    try:
-        space = read_space(args.space)
-    except RecipeError as error:
-        problems += error.problems
-    whole = "a whole number, at least 1"
+    recipe = gathered(problems, lambda: load_recipe(args.recipe, args.overrides))
+    space = gathered(problems, lambda: read_space(args.space))
+    whole = f"a whole number, 1 to {MOST}"
     trials = number("--trials", args.trials, int, whole, problems)
     workers = number("--workers", args.workers, int, whole, problems)
     evaluations = number("--evaluations", args.evaluations, int, whole, problems)
@@ -164,12 +166,11 @@ def _resolve(args: Namespace) -> Options:
         # Stopping by one objective would decide the trade-off.
         if args.stop_on in metrics and len(objectives) == 1:
             watched = Objective(args.stop_on, metrics[args.stop_on])
-        if args.out is None and "://" in recipe.storage.uri:
-            problems.append(Problem("--out", None, f"a local folder: storage.uri is {recipe.storage.uri}"))
         if workers > 0 and recipe.training.batch_size % (workers * recipe.training.gradient_accumulation):
             problems.append(
                 Problem("--workers", workers, f"must divide the batch of {recipe.training.batch_size} rows")
             )
+    check_out(args.out, recipe, problems)
     if problems:
         raise RecipeError(problems)
     assert recipe is not None
@@ -179,6 +180,7 @@ def _resolve(args: Namespace) -> Options:
     base = trial_recipe(recipe)
     several = {"num_workers": workers, "backend": "ray" if workers > 1 else "local"}
     base = base.model_copy(update={"ray": base.ray.model_copy(update=several)})
+    shown = ("space", "trials", "sampler", "metric", "objectives", "stop-on", "evaluations", "seed", "workers")
     out = Path(args.out or f"{recipe.storage.uri}/tune-{recipe.name}-{space.name}").absolute()
     return Options(
         recipe=base,
@@ -193,7 +195,7 @@ def _resolve(args: Namespace) -> Options:
         evaluations=evaluations,
         concurrency=concurrency,
         out=out,
-        command=_command(args),
+        command=command_line(args, *shown, "concurrency", "out"),
     )
 
 
@@ -204,15 +206,6 @@ def _objectives(text: str, metric: str, higher: bool, problems: list[Problem]) -
     if "metric" not in names or any(name not in ("metric", *OTHERS) for name in names):
         problems.append(Problem("--objectives", text, allowed))
     return [Objective(metric, higher)] + [Objective(OTHERS[n], False) for n in dict.fromkeys(names) if n in OTHERS]
-
-
-def _command(args: Namespace) -> str:
-    words = ["hyperlora", "tune", args.recipe, *args.overrides]
-    options = ("space", "trials", "sampler", "metric", "objectives", "stop-on", "evaluations", "seed", "workers")
-    for option in (*options, "concurrency", "out"):
-        if getattr(args, option.replace("-", "_")):
-            words += [f"--{option}", getattr(args, option.replace("-", "_"))]
-    return shlex.join(words)
 
 
 def _decide(options: Options, estimate: Estimate) -> Tuning:
