@@ -147,10 +147,10 @@ def check_new_folder(name: str, uri: str) -> None:
         raise RecipeError([Problem(name, uri, "a new or an empty folder")])
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a kill, never meets half of it."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
+    new.write_bytes(data)
     new.replace(path)
 
 

@@ -6,11 +6,9 @@ OUT/comparison.json, comparison.html   the result, also while trials are missing
 
 from __future__ import annotations
 
-import json
-import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from hyperlora.config import Problem, Recipe, RecipeError
 from hyperlora.field import Contestant, Entry, planned, rate, read_field, resolve
 from hyperlora.preflight import Estimate, inspect
 from hyperlora.report import comparison_page
-from hyperlora.search import Result, Trial, run
+from hyperlora.search import Result, Trial
 from pipelines import screens
 from pipelines.common import (
     MOST,
@@ -36,11 +34,10 @@ from pipelines.common import (
     load_recipe,
     number,
     owned,
-    replace_text,
     shipped,
     write_json,
 )
-from pipelines.progress import TrialsProgress
+from pipelines.searching import run_planned, tracked, write_result
 
 SELECTION = (
     "Every contestant's learning rate is the one with the lowest training loss (mean over the last tenth of the steps) "
@@ -207,65 +204,29 @@ def _inspect(contestants: Sequence[Contestant]) -> dict[str, Estimate]:
 def _tracked(comparison: Comparison, plan: Mapping[str, Any]) -> Iterator[Any]:
     """The comparison's MLflow run, if there is to be one; yields what logs the finished result to it."""
     recipe, out = comparison.recipe, comparison.out
-    if not recipe.mlflow.enabled:
-        yield lambda result: None
-        return
     params = {k: plan[k] for k in ("command", "baseline", "steps", "lrs", "seeds", "selection")}
-    run_id = tracking.start_search(recipe, str(out), f"compare-{plan['name']}", params, "comparison")
     files = [out / "comparison.json", out / "comparison.html"]
-    try:
-        yield lambda result: tracking.finish_comparison(recipe, run_id, result, files)
-    except BaseException as error:
-        tracking.fail(recipe, run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
+    with tracked(recipe, out, f"compare-{plan['name']}", params, "comparison") as run_id:
+
+        def log(result: Mapping[str, Any]) -> None:
+            if run_id is not None:
+                tracking.finish_comparison(recipe, run_id, result, files)
+
+        yield log
 
 
 def _run(comparison: Comparison, plan: Mapping[str, Any], console: Console, verbose: bool) -> dict[str, Any]:
-    """Run the trials that are missing, with the partial result on disk after each; returns the whole result."""
-    done: dict[str, Result] = {}
-    running: set[str] = set()
-    # Analysing and drawing take time from the trials that are measured: a tenth of one core at most.
-    next_writing = 0.0
-    progress = TrialsProgress(console, comparison.concurrency)
-
-    def show() -> None:
-        trials, later = comparison.wanted(done)
-        failed = sum(r.status == "failed" for r in done.values())
-        progress.show(len(done), len(trials) + later, len(running), failed, _best(done))
-
-    def started(trial: Trial) -> None:
-        running.add(trial.name)
-        show()
-
-    results = run(
-        lambda known: comparison.wanted(known)[0],
+    """Run the trials that are missing, with the partial result on disk on the way; returns the whole result."""
+    return run_planned(
+        comparison.wanted,
         alone(comparison.recipe),
         comparison.concurrency,
-        started=started,
+        console,
+        best=_best,
+        line=_line,
+        write=lambda done: _write(comparison, plan, done),
         verbose=verbose,
     )
-    try:
-        with closing(results):
-            for result in results:
-                name = result.trial.name
-                done[name] = result
-                fresh = name in running
-                running.discard(name)
-                if result.outcome is not None:
-                    progress.ended(result.outcome["loop_seconds"])
-                show()
-                if fresh:
-                    progress.line(_line(result))
-                    if (began := time.monotonic()) >= next_writing:
-                        _write(comparison, plan, done)
-                        next_writing = began + 10 * (time.monotonic() - began)
-    except KeyboardInterrupt:
-        _write(comparison, plan, done)
-        raise
-    else:
-        return _write(comparison, plan, done)
-    finally:
-        progress.close()
 
 
 def _best(done: Mapping[str, Result]) -> str:
@@ -287,6 +248,5 @@ def _write(comparison: Comparison, plan: Mapping[str, Any], done: Mapping[str, R
     """Analyse what there is and write ``comparison.json`` and ``comparison.html``."""
     trials, _ = comparison.wanted(done)
     result = analyse([record(trial, done.get(trial.name)) for trial in trials], plan)
-    replace_text(comparison.out / "comparison.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    replace_text(comparison.out / "comparison.html", comparison_page(result))
+    write_result(comparison.out, "comparison", result, comparison_page(result))
     return result

@@ -7,12 +7,9 @@ OUT/trials.csv, trials.parquet                     all trials as a table
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +17,12 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from hyperlora import table, tracking
+from hyperlora import tracking
 from hyperlora.config import METHODS, Problem, Recipe, RecipeError
 from hyperlora.field import Entry, planned, rate
 from hyperlora.fingerprint import data_fingerprint, recipe_fingerprint
 from hyperlora.preflight import Estimate, inspect
-from hyperlora.search import Result, Trial, run
+from hyperlora.search import Result, Trial
 from hyperlora.study import REFERENCE, analyse, measured, row
 from hyperlora.study_page import study_page
 from hyperlora.tasks import FAMILIES
@@ -39,11 +36,10 @@ from pipelines.common import (
     load_recipe,
     number,
     owned,
-    replace_text,
     write_json,
 )
 from pipelines.cost import Cost, probe
-from pipelines.progress import TrialsProgress
+from pipelines.searching import Log, run_planned, tracked_trials, write_result
 from tune_spaces.design import DESIGNS, points_of
 from tune_spaces.reading import read_space
 from tune_spaces.space import BoundSpace, Space, Values, recipe_with
@@ -148,7 +144,17 @@ def main(args: Namespace, console: Console) -> int:
     if args.dry_run:
         write_json(args.json, study.plan | {"trials": len(trials) + later, "seconds": _hours(study, cost)})
         return 0
-    with owned(options.out, "study"), _tracked(study) as (log, finish):
+    mlflow = tracked_trials(
+        options.tracked,
+        options.out,
+        study.plan,
+        "study",
+        PARAMS,
+        record=lambda result: record(result.trial, result),
+        figures=_figures,
+        files=FILES,
+    )
+    with owned(options.out, "study"), mlflow as (log, finish):
         result = _run(study, console, args.verbose, log)
         finish(result)
     screens.study_summary(console, result, options.out)
@@ -270,11 +276,6 @@ def provenance(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def fingerprints(plan: Mapping[str, Any]) -> dict[str, str]:
-    """Tags of a search's MLflow runs."""
-    return {f"hyperlora.{k}": plan["provenance"][k] for k in ("recipe_fingerprint", "data_fingerprint")}
-
-
 def _hours(study: Study, cost: Cost | None) -> float | None:
     """Seconds that all trials will take; None when no step was timed."""
     if cost is None:
@@ -287,37 +288,7 @@ def _hours(study: Study, cost: Cost | None) -> float | None:
 
 # ---------------------------------------------------------------- running
 
-Log = Callable[[Result], None]
-Finish = Callable[[Mapping[str, Any]], None]
-
-
-@contextmanager
-def _tracked(study: Study) -> Iterator[tuple[Log, Finish]]:
-    """The study's MLflow run, if there is to be one; yields what logs a trial and what logs the whole result."""
-    recipe, out, plan = study.options.tracked.with_absolute_paths(), study.options.out, study.plan
-    if not recipe.mlflow.enabled:
-        yield lambda result: None, lambda result: None
-        return
-    params = {k: plan[k] for k in ("command", "space", "design", "metric", "steps", "seeds")}
-    tags = fingerprints(plan)
-    parent = tracking.start_search(recipe, str(out), out.name, params, "study", tags)
-
-    def log(result: Result) -> None:
-        entry = record(result.trial, result)
-        content = {k: entry[k] for k in ("status", "reason", "outcome")} | {"uri": result.trial.uri, "reports": []}
-        trial = result.trial.recipe.model_copy(update={"mlflow": recipe.mlflow})
-        own = tags | {"hyperlora.recipe_fingerprint": recipe_fingerprint(trial)}
-        tracking.log_trial(trial, parent, result.trial.name, entry["values"], content, own)
-
-    def finish(result: Mapping[str, Any]) -> None:
-        status = "FINISHED" if result["complete"] else "KILLED"
-        tracking.finish_search(recipe, parent, _figures(result), [out / name for name in FILES], status)
-
-    try:
-        yield log, finish
-    except BaseException as error:
-        tracking.fail(recipe, parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
+PARAMS = ("command", "space", "design", "metric", "steps", "seeds")
 
 
 def _figures(result: Mapping[str, Any]) -> dict[str, float]:
@@ -331,49 +302,19 @@ def _figures(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _run(study: Study, console: Console, verbose: bool, log: Log) -> dict[str, Any]:
-    """Run the trials that are missing, with the partial result on disk after each; returns the whole result."""
-    done: dict[str, Result] = {}
-    running: set[str] = set()
-    # Analysing and drawing take time from the trials: a tenth of one core at most.
-    next_writing = 0.0
+    """Run the trials that are missing, with the partial result on disk on the way; returns the whole result."""
     options = study.options
-    progress = TrialsProgress(console, options.concurrency)
-
-    def show() -> None:
-        trials, later = study.wanted(done)
-        failed = sum(r.status == "failed" for r in done.values())
-        progress.show(len(done), len(trials) + later, len(running), failed, _best(done, options.metric))
-
-    def started(trial: Trial) -> None:
-        running.add(trial.name)
-        show()
-
-    results = run(
-        lambda known: study.wanted(known)[0], options.recipe, options.concurrency, started=started, verbose=verbose
+    return run_planned(
+        study.wanted,
+        options.recipe,
+        options.concurrency,
+        console,
+        best=lambda done: _best(done, options.metric),
+        line=lambda result: _line(result, options.metric),
+        write=lambda done: _write(study, done),
+        log=log,
+        verbose=verbose,
     )
-    try:
-        with closing(results):
-            for result in results:
-                name = result.trial.name
-                done[name] = result
-                fresh = name in running
-                running.discard(name)
-                if result.outcome is not None:
-                    progress.ended(result.outcome["loop_seconds"])
-                log(result)
-                show()
-                if fresh:
-                    progress.line(_line(result, options.metric))
-                    if (began := time.monotonic()) >= next_writing:
-                        _write(study, done)
-                        next_writing = began + 10 * (time.monotonic() - began)
-    except KeyboardInterrupt:
-        _write(study, done)
-        raise
-    else:
-        return _write(study, done)
-    finally:
-        progress.close()
 
 
 def _best(done: Mapping[str, Result], metric: str) -> str:
@@ -392,12 +333,9 @@ def _line(result: Result, metric: str) -> str:
 
 def _write(study: Study, done: Mapping[str, Result]) -> dict[str, Any]:
     """Analyse what there is and write page, JSON and tables."""
-    out = study.options.out
     records = [record(trial, done.get(trial.name)) for trial in study.wanted(done)[0]]
     result = analyse(records, study.plan)
-    replace_text(out / "study.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    replace_text(out / "study.html", study_page(result))
-    for name, content in table.files([row(r, study.options.metric) for r in records]).items():
-        (out / f".{name}.new").write_bytes(content)
-        (out / f".{name}.new").replace(out / name)
+    write_result(
+        study.options.out, "study", result, study_page(result), [row(r, study.options.metric) for r in records]
+    )
     return result

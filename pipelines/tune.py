@@ -7,11 +7,8 @@ OUT/trials.csv, trials.parquet   all trials as a table
 
 from __future__ import annotations
 
-import json
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from hyperlora import table, tracking, tuning
+from hyperlora import tuning
 from hyperlora.config import Problem, Recipe, RecipeError
-from hyperlora.fingerprint import recipe_fingerprint
 from hyperlora.preflight import Estimate, inspect
 from hyperlora.sampling import SAMPLERS, Objective, Proposals, Searched
 from hyperlora.search import Result, Trial
@@ -38,12 +34,12 @@ from pipelines.common import (
     load_recipe,
     number,
     owned,
-    replace_text,
     write_json,
 )
 from pipelines.cost import probe
 from pipelines.progress import TrialsProgress
-from pipelines.study import fingerprints, parameters, provenance, trial_recipe
+from pipelines.searching import Log, Seldom, tracked_trials, write_result
+from pipelines.study import parameters, provenance, trial_recipe
 from tune_spaces.reading import read_space
 from tune_spaces.space import BoundSpace, Parameter, Space, Values
 
@@ -125,7 +121,17 @@ def main(args: Namespace, console: Console) -> int:
     if args.dry_run:
         write_json(args.json, tuned.plan | {"seconds": seconds})
         return 0
-    with owned(options.out, "search"), _tracked(tuned) as (log, finish):
+    mlflow = tracked_trials(
+        options.tracked,
+        options.out,
+        tuned.plan,
+        "tuning",
+        PARAMS,
+        record=record,
+        figures=_figures,
+        files=FILES,
+    )
+    with owned(options.out, "search"), mlflow as (log, finish):
         result = _run(tuned, console, args.verbose, log)
         finish(result)
     screens.tuning_summary(console, result, options.out)
@@ -244,40 +250,13 @@ def _decide(options: Options, estimate: Estimate) -> Tuning:
 
 # ---------------------------------------------------------------- running
 
-Log = Callable[[Result], None]
-Finish = Callable[[Mapping[str, Any]], None]
+PARAMS = ("command", "space", "sampler", "metric", "steps", "stopping")
 
 
-@contextmanager
-def _tracked(tuned: Tuning) -> Iterator[tuple[Log, Finish]]:
-    """The search's MLflow run, if there is to be one; yields what logs a trial and what logs the whole result."""
-    recipe, out, plan = tuned.options.tracked.with_absolute_paths(), tuned.options.out, tuned.plan
-    if not recipe.mlflow.enabled:
-        yield lambda result: None, lambda result: None
-        return
-    params = {k: plan[k] for k in ("command", "space", "sampler", "metric", "steps", "stopping")}
-    tags = fingerprints(plan)
-    parent = tracking.start_search(recipe, str(out), out.name, params, "tuning", tags)
-
-    def log(result: Result) -> None:
-        entry = record(result)
-        content = {k: entry[k] for k in ("status", "reason", "outcome", "reports")} | {"uri": result.trial.uri}
-        trial = result.trial.recipe.model_copy(update={"mlflow": recipe.mlflow})
-        own = tags | {"hyperlora.recipe_fingerprint": recipe_fingerprint(trial)}
-        tracking.log_trial(trial, parent, result.trial.name, entry["values"], content, own)
-
-    def finish(result: Mapping[str, Any]) -> None:
-        figures = {f"importance/{key}": share["mean"] for key, share in result["importances"].items()}
-        if result["best"] is not None:
-            figures["best"] = result["best"]["metric"]
-        status = "FINISHED" if result["complete"] else "KILLED"
-        tracking.finish_search(recipe, parent, figures, [out / name for name in FILES], status)
-
-    try:
-        yield log, finish
-    except BaseException as error:
-        tracking.fail(recipe, parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
+def _figures(result: Mapping[str, Any]) -> dict[str, float]:
+    """The search's own numbers for MLflow."""
+    found = {f"importance/{key}": share["mean"] for key, share in result["importances"].items()}
+    return found if result["best"] is None else found | {"best": result["best"]["metric"]}
 
 
 def record(result: Result) -> dict[str, Any]:
@@ -298,7 +277,7 @@ def _run(tuned: Tuning, console: Console, verbose: bool, log: Log) -> dict[str, 
     """Run the trials that are missing, with the partial result on disk after each; returns the whole result."""
     done: dict[str, dict[str, Any]] = {}
     running: dict[str, Trial] = {}
-    next_writing = 0.0
+    write_seldom = Seldom(lambda: _write(tuned, done, running))
     progress = TrialsProgress(console, tuned.options.concurrency or 1)
 
     def show() -> None:
@@ -313,7 +292,6 @@ def _run(tuned: Tuning, console: Console, verbose: bool, log: Log) -> dict[str, 
         show()
 
     def over(result: Result) -> None:
-        nonlocal next_writing
         name = result.trial.name
         fresh = running.pop(name, None) is not None
         done[name] = record(result)
@@ -323,9 +301,7 @@ def _run(tuned: Tuning, console: Console, verbose: bool, log: Log) -> dict[str, 
         show()
         if fresh:
             progress.line(_line(done[name], tuned.options.metric))
-            if (began := time.monotonic()) >= next_writing:
-                _write(tuned, done, running)
-                next_writing = began + 10 * (time.monotonic() - began)
+            write_seldom()
 
     try:
         tuning.run(tuned.search(), tuned.recipe, tuned.proposals(), started=started, over=over, verbose=verbose)
@@ -359,14 +335,9 @@ def _line(entry: Mapping[str, Any], metric: str) -> str:
 
 def _write(tuned: Tuning, done: Mapping[str, dict[str, Any]], running: Mapping[str, Trial]) -> dict[str, Any]:
     """Analyse what there is and write page, JSON and tables."""
-    out = tuned.options.out
     at_work = [record(Result(t, "failed", None, None, None)) | {"status": "running"} for t in running.values()]
     records = sorted([*done.values(), *at_work], key=lambda r: r["trial"])
     result = analyse(records, tuned.plan)
-    replace_text(out / "tune.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    replace_text(out / "tune.html", tuning_page(result))
     rows = [row(r | {"kind": "point", "point": None}, tuned.options.metric) for r in records]
-    for name, content in table.files(rows).items():
-        (out / f".{name}.new").write_bytes(content)
-        (out / f".{name}.new").replace(out / name)
+    write_result(tuned.options.out, "tune", result, tuning_page(result), rows)
     return result
