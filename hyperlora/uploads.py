@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hyperlora import checkpoint, ownership
@@ -134,11 +135,8 @@ class Uploader:
 
     def _check(self) -> None:
         """Between uploads: find out whether the run is still ours."""
-        if self._owner is not None:
-            try:
-                ownership.check(self._uri, self._owner)
-            except StorageError:
-                return  # asked again in a few seconds, and before each commit
+        with suppress(StorageError):  # asked again in a few seconds, and before each commit
+            self._still_owner()
 
     def _still_owner(self) -> None:
         if self._owner is not None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 from ray.job_submission import JobStatus
 from rich.console import Console
@@ -17,8 +15,8 @@ from hyperlora import diagnosis, jobs
 from hyperlora.config import Recipe, RecipeError
 from hyperlora.diagnosis import Check
 from hyperlora.tracking import versions
-from pipelines.common import load_recipe, shipped, write_json
-from pipelines.submit import follow, unreachable, unset
+from pipelines.common import load_recipe, write_json
+from pipelines.submit import follow, send, unreachable, unset, with_files
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -74,13 +72,7 @@ def _on_cluster(args: Namespace, recipe: Recipe, console: Console) -> bool:
         raise RecipeError(problems)
     client = jobs.connect(args.address)
     console.print(Text.assemble(("ok   ", "green"), ("Jobs API", "bold"), f": {args.address} answers"), soft_wrap=True)
-    name, files = args.recipe, {}
-    if name not in shipped():
-        name = f"recipe-{Path(args.recipe).name}"
-        files[name] = Path(args.recipe)
-    words = ["doctor", name, *args.overrides, "--expect", json.dumps(versions())]
-    job = jobs.Job(words, files, args.env)
-    with tempfile.TemporaryDirectory() as folder, console.status("submitting"):
-        jobs.pack(job, Path(folder))
-        job_id = jobs.submit(client, job, Path(folder))
+    words, files = with_files(["doctor", args.recipe, *args.overrides], [args.recipe])
+    job = jobs.Job([*words, "--expect", json.dumps(versions())], files, args.env)
+    job_id, _ = send(client, job, console)
     return follow(args.address, job_id, console) == JobStatus.SUCCEEDED

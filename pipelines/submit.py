@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import tempfile
 from argparse import Namespace
@@ -10,17 +9,17 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from ray.job_submission import JobStatus
+from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from hyperlora import jobs
 from hyperlora.config import Problem, Recipe, RecipeError
-from pipelines.common import is_file, load_recipe, shipped, write_json
+from pipelines.common import gathered, is_file, load_recipe, shipped, write_json
 
-#: Options of the jobs that may name a file, which then travels with the job.
-FILES = {"--space", "--field"}
+#: Arguments of the jobs that may name a file, which then travels with the job.
+FILES = ("recipe", "space", "field")
 
 
 def main(args: Namespace, inner: Namespace, console: Console) -> int:
@@ -39,9 +38,7 @@ def main(args: Namespace, inner: Namespace, console: Console) -> int:
             soft_wrap=True,
         )
     client = jobs.connect(args.address)
-    with tempfile.TemporaryDirectory() as folder, console.status("packaging and submitting"):
-        size = jobs.pack(job, Path(folder))
-        job_id = jobs.submit(client, job, Path(folder))
+    job_id, size = send(client, job, console)
     console.print(f"[bold]{job_id}[/] on {args.address}, {size / 2**20:.1f} MiB", highlight=False, soft_wrap=True)
     summary = {"job_id": job_id, "address": args.address, "bytes": size, "command": list(job.words)}
     if args.no_follow:
@@ -60,25 +57,39 @@ def _job(args: Namespace, inner: Namespace) -> jobs.Job:
         RecipeError: with everything that is wrong with it.
     """
     problems = unset(args.env)
-    words, files = list(args.words), {}
-    try:
-        recipe = load_recipe(inner.recipe, inner.overrides)
+    recipe = gathered(problems, lambda: load_recipe(inner.recipe, inner.overrides))
+    if recipe is not None:
         problems += unreachable(recipe)
-    except RecipeError as error:
-        problems += error.problems
     if problems:
         raise RecipeError(problems)
-    if inner.recipe not in shipped():
-        files[f"recipe-{Path(inner.recipe).name}"] = Path(inner.recipe)
-        words[words.index(inner.recipe)] = f"recipe-{Path(inner.recipe).name}"
-    for n, (option, value) in enumerate(itertools.pairwise(words)):
-        if option in FILES and is_file(Path(value)):
-            files[f"option-{Path(value).name}"] = Path(value)
-            words[n + 1] = f"option-{Path(value).name}"
+    words, files = with_files(args.words, [getattr(inner, name, None) for name in FILES])
     words.append("ray.address=auto")
     if inner.command == "train":
         words.append("ray.backend=ray")
     return jobs.Job(words, files, args.env, args.install)
+
+
+def with_files(words: Sequence[str], named: Sequence[str | None]) -> tuple[list[str], dict[str, Path]]:
+    """A job's words with the files among ``named`` by their names in its working directory, and those files."""
+    files: dict[str, Path] = {}
+    words = list(words)
+    for value in named:
+        if value is None or value in shipped() or not is_file(Path(value)):
+            continue
+        name = f"file{len(files)}-{Path(value).name}"
+        files[name] = Path(value)
+        words = [
+            name if word == value else word.removesuffix(value) + name if word.endswith(f"={value}") else word
+            for word in words
+        ]
+    return words, files
+
+
+def send(client: JobSubmissionClient, job: jobs.Job, console: Console) -> tuple[str, int]:
+    """Package and submit a job; returns its id and its size in bytes."""
+    with tempfile.TemporaryDirectory() as folder, console.status("packaging and submitting"):
+        size = jobs.pack(job, Path(folder))
+        return jobs.submit(client, job, Path(folder)), size
 
 
 def unset(names: Sequence[str]) -> list[Problem]:

@@ -63,6 +63,8 @@ class Harness:
     losses: list[float] = field(default_factory=list)
     expected: dict[str, bytes] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
+    #: File of a checkpoint that this run has to refuse by its name.
+    damaged: str | None = None
 
     def start(self, *more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -167,8 +169,6 @@ class Harness:
             storage.write(file, change(storage.read(file)))
             self.damaged = file
         return True
-
-    damaged: str | None = None
 
     def _second(self, process: subprocess.Popen[str]) -> bool:
         if self.folder() is None:

@@ -17,18 +17,13 @@ from typing import Any
 import pytest
 import yaml
 from conftest import small_recipe
+from s3 import free_port
 
 from hyperlora import jobs
 from pipelines.cli import main
 
 BIN = Path(sys.executable).parent
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
