@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shlex
 import shutil
 import time
@@ -80,10 +81,11 @@ def connect(address: str) -> JobSubmissionClient:
 
 def _refusal(address: str, error: Exception) -> RecipeError:
     text = str(error).strip()
-    if "Authentication" in text or "401" in text or "403" in text:
+    if re.search(r"authentication|\b40[13]\b", text, re.IGNORECASE):
+        reason = text.splitlines()[0].split(". ")[0]  # Ray goes on with its own advice
         allowed = (
             "a cluster that lets this user in: give its token in RAY_AUTH_TOKEN, in a file named by "
-            f"RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token ({text.splitlines()[0]})"
+            f"RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token ({reason})"
         )
     else:
         allowed = f"the dashboard of a running Ray cluster ({text.splitlines()[0] if text else type(error).__name__})"

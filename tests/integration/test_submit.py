@@ -148,8 +148,9 @@ def test_the_doctor_tries_every_node(address: str, tmp_path: Path) -> None:
     assert done.stdout.count("written and read in") == 2, "here and there"
 
 
-def test_without_the_token_it_says_how_to_give_it(address: str, tmp_path: Path) -> None:
-    done = hyperlora("jobs", "--address", address, HOME=str(tmp_path), RAY_AUTH_TOKEN="")
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_without_the_token_it_says_how_to_give_it(address: str, tmp_path: Path, mode: str) -> None:
+    done = hyperlora("jobs", "--address", address, HOME=str(tmp_path), RAY_AUTH_TOKEN="", RAY_AUTH_MODE=mode)
     assert done.returncode == 2
     assert "give its token in RAY_AUTH_TOKEN" in " ".join(done.stderr.split())
 
