@@ -7,6 +7,7 @@ together, each with field, value and what is allowed.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
 from hyperlora import plain_yaml, uris
 from hyperlora.baselines import BASELINES, SINGLE_WORKER
@@ -218,15 +219,64 @@ class TrainingConfig(Section):
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
 
 
+def _workers(value: Any) -> Any:
+    """A number, or a range, which is a list in YAML."""
+    several = isinstance(value, list | tuple)
+    parts = value if several else [value]
+    counts = all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= LARGEST for n in parts)
+    if not counts or (several and (len(parts) != 2 or parts[0] > parts[1])):
+        raise ValueError("allowed: a number of at least 1, or [fewest, most]")
+    return tuple(parts) if several else value
+
+
+Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]
+Placement = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+Share = Annotated[float, Field(gt=0)]
+
+
 class RayConfig(Section):
     """How the loop is distributed."""
 
     backend: Literal["ray", "local"] = Field("ray", description="Ray Train workers, or this process alone")
-    num_workers: Positive = Field(1, description="Ray Train workers; the batch is split among them")
-    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1, description="CPUs")
+    num_workers: Workers = Field(
+        1, description="Ray Train workers, which split each batch; [fewest, most]: as many as the cluster has room for"
+    )
+    cpus_per_worker: Share = Field(1, description="CPUs")
     gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs")
+    accelerator_type: str | None = Field(None, description="of the nodes for the workers, such as H100; null: any")
+    placement: Placement = Field("PACK", description="of the workers on nodes: few nodes, or many; STRICT: or none")
     max_failures: NonNegative = Field(1, description="restarts from the last checkpoint after a worker died")
     address: str | None = Field(None, description="of a running cluster; null starts Ray here")
+
+    @property
+    def fewest(self) -> int:
+        """Workers that the run can do with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that the run can use."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+
+class ClusterConfig(Section):
+    """What is different when the recipe is submitted to a cluster; null: the same as here."""
+
+    address: str | None = Field(None, description="URL of the cluster's dashboard, such as http://HOST:8265")
+    num_workers: Workers | None = Field(None, description="in place of ray.num_workers")
+    cpus_per_worker: Share | None = Field(None, description="in place of ray.cpus_per_worker")
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = Field(None, description="in place of ray.gpus_per_worker")
+    accelerator_type: str | None = Field(None, description="in place of ray.accelerator_type")
+    placement: Placement | None = Field(None, description="in place of ray.placement")
+    storage_uri: str | None = Field(None, description="in place of storage.uri")
+    tracking_uri: str | None = Field(None, description="in place of mlflow.tracking_uri")
+    env: Names = Field((), description="names of variables whose values the job gets, read where it is submitted")
+
+    def overrides(self) -> list[str]:
+        """What a job has to change in the recipe, as ``key.sub=value``."""
+        places = {"storage_uri": "storage.uri", "tracking_uri": "mlflow.tracking_uri"}
+        values = self.model_dump(mode="json", exclude={"address", "env"})
+        return [f"{places.get(k, f'ray.{k}')}={json.dumps(v)}" for k, v in values.items() if v is not None]
 
 
 class StorageConfig(Section):
@@ -293,6 +343,7 @@ class Recipe(Section):
     training: TrainingConfig = TrainingConfig()
     monitors: MonitorsConfig = MonitorsConfig()
     ray: RayConfig = RayConfig()
+    cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()
     mlflow: MLflowConfig = MLflowConfig()
 
@@ -504,7 +555,8 @@ def _problem(error: Any) -> Problem:
         return Problem(field, error["input"], f"allowed: {context['expected']}")
     if kind == "model_type":
         return Problem(field, error["input"], "allowed: a section of key: value lines")
-    message = error["msg"][0].lower() + error["msg"][1:]
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return Problem(field, error["input"], f"{message} ({_describe(location)})")
 
 
@@ -567,14 +619,12 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
     t, r, d, m, h = recipe.training, recipe.ray, recipe.data, recipe.model, recipe.hypernetwork
     if (t.steps is None) == (t.epochs is None):
         add("training.steps", t.steps, "give training.steps or training.epochs, one of the two")
-    parts = r.num_workers * t.gradient_accumulation
-    if t.batch_size % parts:
-        add(
-            "training.batch_size",
-            t.batch_size,
-            f"must be a multiple of ray.num_workers x training.gradient_accumulation = {parts}",
-        )
-    if r.backend == "local" and r.num_workers > 1:
+    parts = r.most * t.gradient_accumulation
+    # Of a range no number of workers is known; theirs may differ by a row.
+    if t.batch_size % parts if r.fewest == r.most else t.batch_size < parts:
+        least = "a multiple of ray.num_workers" if r.fewest == r.most else "at least the most of ray.num_workers"
+        add("training.batch_size", t.batch_size, f"must be {least} x training.gradient_accumulation = {parts}")
+    if r.backend == "local" and r.most > 1:
         add("ray.num_workers", r.num_workers, "ray.backend=local runs one worker; use ray.backend=ray for more")
     if recipe.optimizer.direction == "orthogonal" and METHODS[recipe.method].hypernetwork and h.update != "hybrid":
         add(
@@ -586,7 +636,7 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
     target = recipe.adapter.target_rank
     if target is not None and target > recipe.adapter.rank:
         add("adapter.target_rank", target, f"at most adapter.rank = {recipe.adapter.rank}")
-    if recipe.method in SINGLE_WORKER and r.num_workers > 1:
+    if recipe.method in SINGLE_WORKER and r.most > 1:
         add("ray.num_workers", r.num_workers, f"1 for method={recipe.method}, which averages no gradients over workers")
     if recipe.pruning.reactivation and METHODS[recipe.method].hypernetwork:
         add("pruning.reactivation", True, f"false for method={recipe.method}: a generated λ cannot be set to 0")
@@ -649,11 +699,14 @@ def _uri_problems(recipe: Recipe) -> list[Problem]:
         "monitors.baseline": recipe.monitors.baseline,
         "hypernetwork.init_from": recipe.hypernetwork.init_from,
         "data.root": recipe.data.root if recipe.data.source == "files" else None,
+        "cluster.storage_uri": recipe.cluster.storage_uri,
     }
     # Read by libraries with schemes of their own.
     others: dict[str, str | None] = {
         "mlflow.tracking_uri": recipe.mlflow.tracking_uri,
         "ray.address": recipe.ray.address,
+        "cluster.address": recipe.cluster.address,
+        "cluster.tracking_uri": recipe.cluster.tracking_uri,
         "model.path": recipe.model.path,
         "model.tokenizer": recipe.model.tokenizer,
     }

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,11 +26,15 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hyperlora import storage, training
+from hyperlora import capacity, storage, training
+from hyperlora.adapters import load_tokenizer
+from hyperlora.capacity import Node
 from hyperlora.config import Problem, Recipe, RecipeError, parse
 from hyperlora.stopping import Notice
 from hyperlora.storage import StorageError, patiently
+from hyperlora.tasks import build_task
 from hyperlora.training import NonFiniteError, NotStoredError, RunInfo, Sink, StoppedError, Tee, World
 
 logger = logging.getLogger(__name__)
@@ -135,7 +139,7 @@ def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterato
     if mine:
         level = logging.INFO if verbose else logging.ERROR
         address = recipe.ray.address
-        workers = recipe.ray.num_workers * recipe.ray.cpus_per_worker
+        workers = recipe.ray.most * recipe.ray.cpus_per_worker
         more: dict[str, Any] = {}
         if address is None:
             # Workers that wait for gradients of each other may share cores; a laptop with one core runs two.
@@ -143,7 +147,8 @@ def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterato
         if address is not None:
             _check_address(address)
         try:
-            ray.init(address=address, log_to_driver=verbose, logging_level=level, **more)
+            # Without "local" Ray would join a cluster that happens to run on this machine.
+            ray.init(address=address or "local", log_to_driver=verbose, logging_level=level, **more)
         except (OSError, ValueError, RuntimeError) as error:
             if address is None:
                 raise
@@ -180,15 +185,9 @@ def _unreachable(address: str, error: Exception) -> RecipeError:
 
 
 def _check_resources(recipe: Recipe) -> None:
-    total = ray.cluster_resources()
-    problems = []
-    for field, name in (("cpus_per_worker", "CPU"), ("gpus_per_worker", "GPU")):
-        each = getattr(recipe.ray, field)
-        wanted, there = recipe.ray.num_workers * each, total.get(name, 0)
-        if wanted > there:
-            allowed = f"{recipe.ray.num_workers} workers need {wanted:g} {name}s, the cluster has {there:g}"
-            problems.append(Problem(f"ray.{field}", each, allowed))
-    if problems:
+    nodes = [Node(n["Resources"], n.get("Labels") or {}) for n in ray.nodes() if n["Alive"]]
+    problems = capacity.problems(recipe.ray, nodes)
+    if problems and not capacity.may_grow(nodes):
         raise RecipeError(problems)
 
 
@@ -218,15 +217,22 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
     sink.phase("starting Ray")
     # Ray takes SIGTERM for itself when it starts.
     with cluster(recipe, verbose), Notice() as notice:
-        queue, orders = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
+        # Beside this process: they must not go with a node that only lends its workers.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        queue, orders = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
         fs, root = storage.filesystem(info.uri)
+        if info.rows is None:
+            rows = build_task(recipe, load_tokenizer(recipe.model), share=True).packed.fingerprint
+            info = replace(info, rows=rows)
         settings = recipe.ray
         trainer = TorchTrainer(
             loop,
             train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": asdict(info)}
             | {"queue": queue, "orders": orders},
             scaling_config=ScalingConfig(
-                num_workers=settings.num_workers,
+                num_workers=settings.num_workers,  # type: ignore[arg-type]  # a range, in version 2
+                placement_strategy=settings.placement,
+                accelerator_type=settings.accelerator_type,
                 use_gpu=settings.gpus_per_worker > 0,
                 resources_per_worker={"CPU": settings.cpus_per_worker}
                 | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}),

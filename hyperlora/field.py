@@ -18,7 +18,7 @@ TUNING_SEED = 0
 #: Learning rates are a factor of two apart, and at most so many are added when the best lies on an edge.
 FACTOR, EXTENSIONS = 2.0, 4
 #: Equal for all contestants of a comparison, or decided by it.
-EQUAL = ("name", "description", "seed", "model", "task", "data", "training", "ray", "storage", "mlflow")
+EQUAL = ("name", "description", "seed", "model", "task", "data", "training", "ray", "cluster", "storage", "mlflow")
 DECIDED = ("optimizer.lr", "optimizer.other_lr")
 
 

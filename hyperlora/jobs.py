@@ -27,9 +27,12 @@ from packaging.requirements import Requirement
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 from requests.exceptions import RequestException
 
 from hyperlora import tokens
+from hyperlora.capacity import Node
 from hyperlora.config import Problem, RecipeError
 
 PACKAGES = ("hyperlora", "pipelines", "tune_spaces")
@@ -100,6 +103,20 @@ def unprotected(address: str) -> bool:
     except ValueError:
         local = host == "localhost"
     return not local and not tokens.known()
+
+
+def nodes(address: str) -> list[Node]:
+    """The living nodes of a cluster.
+
+    Raises:
+        RecipeError: its dashboard does not say.
+    """
+    try:
+        # Where nodes have died, Ray takes the filtered answer for a truncated one and raises.
+        found = list_nodes(address, limit=10_000, filters=[("state", "=", "ALIVE")], raise_on_missing_output=False)
+    except (RayError, RayStateApiException, RuntimeError, RequestException, OSError, ValueError) as error:
+        raise _refusal(address, error) from error
+    return [Node(n.resources_total or {}, n.labels or {}) for n in found]
 
 
 def pack(job: Job, folder: Path) -> int:

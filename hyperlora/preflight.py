@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from hyperlora.config import METHODS, Problem, Recipe, RecipeError
 from hyperlora.monitors import read_baseline
 from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.tasks import Task, build_task
+from hyperlora.tasks.data import PARTS, survey
 from hyperlora.training import World, build_optimizer
 from hyperlora.warm_start import Source, read, start_from
 
@@ -39,13 +41,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run; bytes are for each worker.
+    """Of one run; bytes are for each worker, and ``rows`` is the fingerprint of the tokenised rows.
 
     ``activation_bytes`` follows Korthikanti et al. (arXiv 2205.05198, table 2, without the attention matrix, which
     fused kernels do not keep): 34 bytes per token, hidden unit and layer in 16 bits, twice that in 32; with
     recomputation the inputs of the layers and one layer's activations. Logits and their float32 gradient come on top.
     """
 
+    rows: str
     train_rows: int
     held_out_rows: int
     steps: int
@@ -101,8 +104,8 @@ def _row_problems(recipe: Recipe, task: Task, config: PretrainedConfig) -> list[
     """Rows that the model cannot take or learn nothing from."""
     text = config.get_text_config()
     problems = []
-    largest = max(max(ids, default=0) for part in (task.train, task.held_out) for ids in part["input_ids"])
-    longest = max(len(ids) for part in (task.train, task.held_out) for ids in part["input_ids"])
+    packed = task.packed
+    largest, longest = (max(packed.count(part, name) for part in PARTS) for name in ("largest", "longest"))
     if largest >= text.vocab_size:
         allowed = f"a tokenizer of the model, which has {text.vocab_size:,} tokens: this one gave number {largest:,}"
         problems.append(Problem("model.tokenizer", recipe.model.tokenizer or recipe.model.path, allowed))
@@ -112,21 +115,14 @@ def _row_problems(recipe: Recipe, task: Task, config: PretrainedConfig) -> list[
             Problem("task.max_length", recipe.task.max_length, f"at most the model's {positions} positions")
         )
     # A batch without a single target has no mean loss.
-    batch, empty = recipe.training.batch_size, sum(weight == 0 for weight in task.train["weight"])
-    for field, count, rows, enough in (
-        ("data.train", empty, len(task.train), empty >= batch),
-        (
-            "data.eval",
-            sum(w == 0 for w in task.held_out["weight"]),
-            len(task.held_out),
-            not sum(task.held_out["weight"]),
-        ),
-    ):
+    batch, none = recipe.training.batch_size, packed.count("train", "empty")
+    for part, enough in (("train", none >= batch), ("eval", not packed.count("eval", "targets"))):
+        field, empty, rows = f"data.{part}", packed.count(part, "empty"), packed.count(part, "rows")
         if enough:
             allowed = (
-                f"rows with something to learn: in {count} of {rows} the prompt alone fills task.max_length tokens"
+                f"rows with something to learn: in {empty} of {rows} the prompt alone fills task.max_length tokens"
             )
-            problems.append(Problem(field, getattr(recipe.data, field[5:]) or recipe.data.source, allowed))
+            problems.append(Problem(field, getattr(recipe.data, part) or recipe.data.source, allowed))
     return problems
 
 
@@ -142,12 +138,16 @@ def _sizes(recipe: Recipe, model: PeftModel, steps: int, source: Source | None =
     return sizes, optimizer.plan.initial, optimizer.plan.target
 
 
-def inspect(recipe: Recipe, *, resume: bool = False) -> Estimate:
+def inspect(
+    recipe: Recipe, *, resume: bool = False, share: bool = False, say: Callable[[str], None] = lambda text: None
+) -> Estimate:
     """Validate a recipe against its data and its model, and estimate the run.
 
     Args:
         recipe: parsed.
         resume: the run has its hypernetworks, and their source is not looked at.
+        share: put the tokenised rows below ``storage.uri``, where workers look for them.
+        say: is told what is being done.
 
     Raises:
         RecipeError: with everything that is wrong with model, data, adapter, schedule and the hypernetworks' source.
@@ -161,13 +161,11 @@ def inspect(recipe: Recipe, *, resume: bool = False) -> Estimate:
     if problems:
         # Rows can be read without a model, so that a wrong path of each is told at once.
         try:
-            from hyperlora.tasks.data import load_rows
-
-            load_rows(recipe.data, recipe.task.kind)
+            survey(recipe.data, recipe.task.kind)
         except RecipeError as error:
             problems += error.problems
         raise RecipeError(problems)
-    task = build_task(recipe, load_tokenizer(recipe.model))
+    task = build_task(recipe, load_tokenizer(recipe.model), share=share, say=say)
     rows, batch = len(task.train), recipe.training.batch_size
     if rows < batch:
         raise RecipeError([Problem("training.batch_size", batch, f"at most the {rows} training rows")])
@@ -185,6 +183,7 @@ def inspect(recipe: Recipe, *, resume: bool = False) -> Estimate:
     pruning = recipe.resolved_pruning(steps)
     layers, hidden = _shape(model)
     return Estimate(
+        rows=task.packed.fingerprint,
         train_rows=rows,
         held_out_rows=len(task.held_out),
         steps=steps,
@@ -210,8 +209,8 @@ def _shape(model: PeftModel) -> tuple[int, int]:
 
 def _activations(recipe: Recipe, task: Task, model: PeftModel, layers: int, hidden: int) -> int:
     width = torch.empty((), dtype=getattr(torch, recipe.model.dtype)).element_size()
-    per_pass = recipe.training.batch_size // recipe.ray.num_workers // recipe.training.gradient_accumulation
-    tokens = per_pass * min(recipe.task.max_length, max(len(ids) for ids in task.train["input_ids"]))
+    per_pass = recipe.training.batch_size // recipe.ray.fewest // recipe.training.gradient_accumulation
+    tokens = per_pass * min(recipe.task.max_length, task.packed.count("train", "longest"))
     per_layer = 34 * hidden * width // 2
     kept = 2 * width * hidden * layers + per_layer if recipe.model.gradient_checkpointing else per_layer * layers
     vocabulary = 0 if task.num_labels is not None else int(model.get_base_model().config.vocab_size)  # type: ignore

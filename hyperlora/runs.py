@@ -13,7 +13,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from hyperlora import storage
@@ -26,6 +25,7 @@ from hyperlora.training import RunInfo
 # What may change between a run and its resumption: where and on what it runs, not what it computes.
 FREE = (
     "ray.",
+    "cluster.",
     "storage.",
     "mlflow.",
     "monitors.",
@@ -35,14 +35,9 @@ FREE = (
 )
 
 
-def absolute(uri: str) -> str:
-    """A storage URI that means the same from any working directory."""
-    return uri.rstrip("/") if "://" in uri else str(Path(uri).absolute())
-
-
 def new_uri(recipe: Recipe) -> str:
     """The folder of a new run, named by the recipe and the time (UTC)."""
-    base = f"{absolute(recipe.storage.uri)}/{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    base = f"{storage.absolute(recipe.storage.uri)}/{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     found, number = base, 2
     while patiently(storage.exists, found):
         found, number = f"{base}-{number}", number + 1
@@ -133,7 +128,7 @@ def unfinished(recipe: Recipe) -> RunInfo:
         RecipeError: there is none, it is finished, or its recipe differs in what it computes.
         StorageError: the store does not answer.
     """
-    base = absolute(recipe.storage.uri)
+    base = storage.absolute(recipe.storage.uri)
     found = patiently(storage.glob, base, f"{recipe.name}-*/run.json")
     names = [path.removesuffix("/run.json") for path in found]
     names = [name for name in names if _of_name(name, recipe.name)]

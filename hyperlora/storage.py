@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -60,6 +61,11 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
 
 def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith(("file://", "local://"))
+
+
+def absolute(uri: str) -> str:
+    """A URI that means the same from any working directory."""
+    return uri.rstrip("/") if "://" in uri else str(Path(uri).absolute())
 
 
 # ---------------------------------------------------------------- trying again
@@ -207,6 +213,40 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def upload(file: Path, uri: str) -> None:
+    """Copy a local file of any size; nothing of it is there before all of it is.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    with _translated(uri):
+        fs, path = filesystem(uri)
+        if not is_local(uri):
+            fs.put_file(str(file), path)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = target.with_name(f".{target.name}.{os.getpid()}.new")
+        try:
+            shutil.copyfile(file, new)
+            new.replace(target)
+        finally:
+            new.unlink(missing_ok=True)
+        _flush_folder(target.parent)
+
+
+def download(uri: str, file: Path) -> None:
+    """Copy a file of any size here.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StorageError: it could not be read.
+    """
+    with _translated(uri):
+        fs, path = filesystem(uri)
+        fs.get_file(path, str(file))
 
 
 def tree(uri: str) -> dict[str, int]:

@@ -164,11 +164,13 @@ class RunInfo:
         uri: its folder, without a slash at the end.
         mlflow_run_id: its MLflow run.
         owner: the claim under which its folder is written, see ownership.py.
+        rows: fingerprint of the tokenised rows that lie below ``storage.uri``; None: this process reads the data.
     """
 
     uri: str
     mlflow_run_id: str | None = None
     owner: str | None = None
+    rows: str | None = None
 
 
 def derived_seed(*parts: object) -> int:
@@ -285,7 +287,7 @@ class Trainer:
         if world.rank == 0:
             sink.phase("loading model and data")
         self.tokenizer = load_tokenizer(recipe.model)
-        self.task: Task = build_task(recipe, self.tokenizer)
+        self.task: Task = build_task(recipe, self.tokenizer, rows=run.rows)
         rows, batch = len(self.task.train), recipe.training.batch_size
         if rows < batch:
             raise RecipeError([Problem("training.batch_size", batch, f"at most the {rows} training rows")])
@@ -383,14 +385,14 @@ class Trainer:
         rows = self.task.train[indices]
         # All workers know the whole batch, so that the mean runs over its targets and not over workers' means.
         targets, tokens = sum(rows["weight"]), sum(len(ids) for ids in rows["input_ids"])
-        mine = len(indices) // self.world.size
         parts = self.recipe.training.gradient_accumulation
-        size = mine // parts
+        pieces = self.world.size * parts
         torch.manual_seed(derived_seed("dropout", self.recipe.seed, self.step, self.world.rank))
         loss = torch.zeros((), device=self.world.device)
         for part in range(parts):
-            start = self.world.rank * mine + part * size
-            some = [{k: v[n] for k, v in rows.items()} for n in range(start, start + size)]
+            piece = self.world.rank * parts + part
+            mine = range(piece * len(indices) // pieces, (piece + 1) * len(indices) // pieces)
+            some = [{k: v[n] for k, v in rows.items()} for n in mine]
             batch = self.task.collate(some, self.world.device)
             part_loss = self.task.loss_sum(self.model, batch) * (self.world.size / targets)
             part_loss.backward()

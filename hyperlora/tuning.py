@@ -168,11 +168,11 @@ def run(
     if past >= search.count:
         return
     settings = recipe.ray
-    with cluster(recipe, verbose, dashboard=settings.num_workers > 1):
+    with cluster(recipe, verbose, dashboard=settings.most > 1):
         most = _capacity(recipe)
         at_once = max(1, min(most, search.concurrency or most))
         driver = _Driver(search, proposals, waiting, lambda trial: started(trial, at_once), over)
-        alone = settings.num_workers == 1
+        alone = settings.most == 1
         own = {"CPU": settings.cpus_per_worker} | (
             {"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}
         )
@@ -207,9 +207,9 @@ def run(
 def _capacity(recipe: Recipe) -> int:
     """Trials that the cluster holds at a time."""
     total, settings = ray.cluster_resources(), recipe.ray
-    held = total.get("CPU", 0) // (settings.num_workers * settings.cpus_per_worker)
+    held = total.get("CPU", 0) // (settings.most * settings.cpus_per_worker)
     if settings.gpus_per_worker:
-        held = min(held, total.get("GPU", 0) // (settings.num_workers * settings.gpus_per_worker))
+        held = min(held, total.get("GPU", 0) // (settings.most * settings.gpus_per_worker))
     return int(held)
 
 
@@ -350,7 +350,7 @@ def train_trial(uri: str) -> None:
                 tune.report(report)
             sink = _Reports(uri, kept)
             try:
-                if recipe.ray.num_workers == 1:
+                if recipe.ray.most == 1:
                     training.train(recipe, RunInfo(uri), sink=training.Tee(sink, PeakMemory(uri)))
                 else:
                     _train_workers(recipe, uri, sink)

@@ -107,7 +107,14 @@ def parser() -> argparse.ArgumentParser:
 
     def on_cluster(name: str, text: str) -> argparse.ArgumentParser:
         command = add(name, text)
-        command.add_argument("--address", required=True, metavar="URL", help="of the dashboard: http://HOST:8265")
+        known = os.environ.get("RAY_API_SERVER_ADDRESS")
+        command.add_argument(
+            "--address",
+            required=name != "submit" and not known,
+            default=None if name == "submit" else known,
+            metavar="URL",
+            help="of the dashboard: http://HOST:8265 (default: RAY_API_SERVER_ADDRESS)",
+        )
         return command
 
     submit = on_cluster("submit", "Run train, tune, study or compare on a Ray cluster, as a job.")
@@ -167,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet(args.verbose)
     from hyperlora import tokens
 
-    if getattr(args, "address", None) is not None:
+    if args.command == "submit" or getattr(args, "address", None) is not None:
         tokens.use()
     from hyperlora.config import RecipeError
     from hyperlora.storage import StorageError

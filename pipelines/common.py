@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hyperlora import storage, uris
+from hyperlora import storage, tokens, uris
 from hyperlora.config import Problem, Recipe, RecipeError, apply_overrides, parse, read_yaml
 from hyperlora.storage import patiently
 
@@ -39,7 +39,10 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     path = shipped().get(name, Path(name))
     if not is_file(path):
         raise RecipeError([Problem("RECIPE", name, f"a YAML file or one of: {', '.join(shipped())}")])
-    return parse(apply_overrides(read_yaml(path), overrides))
+    recipe = parse(apply_overrides(read_yaml(path), overrides))
+    if recipe.ray.address is not None:
+        tokens.use()
+    return recipe
 
 
 def is_file(path: Path) -> bool:

@@ -16,7 +16,7 @@ from hyperlora.config import Recipe, RecipeError
 from hyperlora.diagnosis import Check
 from hyperlora.tracking import versions
 from pipelines.common import load_recipe, write_json
-from pipelines.submit import follow, send, unreachable, unset, with_files
+from pipelines.submit import follow, on_cluster, send, unreachable, unset, with_files
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -35,7 +35,7 @@ def main(args: Namespace, console: Console) -> int:
             console.print(Text(f"     {check.advice}"), soft_wrap=True)
     good = all(c.state != "fail" for c in found)
     if args.address is not None:
-        good = _on_cluster(args, recipe, console) and good
+        good = _on_cluster(args, console) and good
     write_json(args.json, {"good": good, "checks": [asdict(c) for c in found]})
     return 0 if good else 1
 
@@ -62,17 +62,18 @@ def _inside(recipe: Recipe, expected: dict[str, str]) -> Iterator[Check]:
             yield from diagnosis.compare(expected, told, asked, answered)
 
 
-def _on_cluster(args: Namespace, recipe: Recipe, console: Console) -> bool:
+def _on_cluster(args: Namespace, console: Console) -> bool:
     """The same on the cluster, as a job.
 
     Raises:
         RecipeError: nobody answers there, or the recipe's places mean nothing there.
     """
-    if problems := unreachable(recipe):
+    recipe, changes = on_cluster(args.recipe, args.overrides)
+    if problems := [*unset(recipe.cluster.env), *unreachable(recipe)]:
         raise RecipeError(problems)
     client = jobs.connect(args.address)
     console.print(Text.assemble(("ok   ", "green"), ("Jobs API", "bold"), f": {args.address} answers"), soft_wrap=True)
-    words, files = with_files(["doctor", args.recipe, *args.overrides], [args.recipe])
-    job = jobs.Job([*words, "--expect", json.dumps(versions())], files, args.env)
+    words, files = with_files(["doctor", args.recipe, *args.overrides, *changes], [args.recipe])
+    job = jobs.Job([*words, "--expect", json.dumps(versions())], files, [*args.env, *recipe.cluster.env])
     job_id, _ = send(client, job, console)
     return follow(args.address, job_id, console) == JobStatus.SUCCEEDED

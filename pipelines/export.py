@@ -7,7 +7,7 @@ from argparse import Namespace
 from rich.console import Console
 from safetensors import SafetensorError
 
-from hyperlora import checkpoint, export, runs, storage, uris
+from hyperlora import checkpoint, export, storage, uris
 from hyperlora.config import Problem, Recipe, RecipeError, parse
 from hyperlora.storage import patiently
 from pipelines.common import check_new_folder, write_json
@@ -22,8 +22,8 @@ def main(args: Namespace, console: Console) -> int:
     ]
     if wrong:
         raise RecipeError(wrong)
-    saved = find(runs.absolute(args.source))
-    target = runs.absolute(args.folder)
+    saved = find(storage.absolute(args.source))
+    target = storage.absolute(args.folder)
     check_new_folder("DIR", target)
     adapter, recipe = _contents(saved)
     if args.uniform_rank:

@@ -9,7 +9,7 @@ from argparse import Namespace
 from rich.console import Console
 from rich.markup import escape
 
-from hyperlora import candidates, registry, runs, uris
+from hyperlora import candidates, registry, storage, uris
 from hyperlora.config import MLflowConfig, Problem, RecipeError
 from hyperlora.fingerprint import base_model, evaluation_fingerprint
 from hyperlora.tracking import check
@@ -32,7 +32,7 @@ def main(args: Namespace, console: Console) -> int:
             problems.append(Problem("--non-inferior", args.non_inferior, "a number, at least 0, in the metric's unit"))
     if problems:
         raise RecipeError(problems)
-    source = runs.absolute(args.source)
+    source = storage.absolute(args.source)
     candidate = candidates.best(source, args.metric, margin)
     recipe = candidate.recipe
     mlflow = recipe.mlflow.model_copy(update={"tracking_uri": args.tracking_uri or recipe.mlflow.tracking_uri})
@@ -70,7 +70,7 @@ def pull(args: Namespace, console: Console) -> int:
     """Write a registered adapter into a folder; returns the exit status."""
     if problems := _places(("DIR", args.folder)):
         raise RecipeError(problems)
-    folder = runs.absolute(args.folder)
+    folder = storage.absolute(args.folder)
     check_new_folder("DIR", folder)
     uri = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or MLflowConfig().tracking_uri
     with console.status("fetching"):

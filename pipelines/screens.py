@@ -51,9 +51,11 @@ def estimate(recipe: Recipe, e: Estimate) -> RenderableType:
         if p and e.rank_target < e.rank_initial
         else "none"
     )
+    fewest, most = recipe.ray.fewest, recipe.ray.most
+    workers = str(most) if fewest == most else f"{fewest} to {most}"
     rows: list[tuple[str, RenderableType]] = [
         ("rows", f"{e.train_rows:,} to train on, {e.held_out_rows:,} held out"),
-        ("steps", f"{e.steps:,} of {recipe.training.batch_size} rows over {recipe.ray.num_workers} worker(s)"),
+        ("steps", f"{e.steps:,} of {recipe.training.batch_size} rows over {workers} worker(s)"),
         ("base model", f"{e.base_parameters:,} parameters, frozen"),
         ("adapter", f"{e.sizes.adapter:,} parameters in {e.modules} modules at rank {recipe.adapter.rank}"),
         ("rank budget", f"{e.rank_initial:,} to {e.rank_target:,}; pruning {falls}"),

@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hyperlora import jobs
+from hyperlora import capacity, jobs
 from hyperlora.config import Problem, Recipe, RecipeError
 from pipelines.common import gathered, is_file, load_recipe, shipped, write_json
 
 #: Arguments of the jobs that may name a file, which then travels with the job.
 FILES = ("recipe", "space", "field")
+#: The variable that Ray's own commands for jobs read.
+ADDRESS = "RAY_API_SERVER_ADDRESS"
 
 
 def main(args: Namespace, inner: Namespace, console: Console) -> int:
@@ -30,43 +32,75 @@ def main(args: Namespace, inner: Namespace, console: Console) -> int:
         inner: what the job's words say.
         console: of the terminal.
     """
-    job = _job(args, inner)
-    if jobs.unprotected(args.address):
+    recipe, job, address = _job(args, inner)
+    if jobs.unprotected(address):
         console.print(
-            f"[yellow]{args.address} is another machine, and there is no token for it: if it asks for none, whoever "
+            f"[yellow]{address} is another machine, and there is no token for it: if it asks for none, whoever "
             "reaches it can run any code there[/]",
             soft_wrap=True,
         )
-    client = jobs.connect(args.address)
+    client = jobs.connect(address)
+    _check_room(recipe, inner, address, console)
     job_id, size = send(client, job, console)
-    console.print(f"[bold]{job_id}[/] on {args.address}, {size / 2**20:.1f} MiB", highlight=False, soft_wrap=True)
-    summary = {"job_id": job_id, "address": args.address, "bytes": size, "command": list(job.words)}
+    console.print(f"[bold]{job_id}[/] on {address}, {size / 2**20:.1f} MiB", highlight=False, soft_wrap=True)
+    summary = {"job_id": job_id, "address": address, "bytes": size, "command": list(job.words)}
     if args.no_follow:
-        console.print(f"hyperlora logs {job_id} --follow --address {args.address}", highlight=False, soft_wrap=True)
+        console.print(f"hyperlora logs {job_id} --follow --address {address}", highlight=False, soft_wrap=True)
         write_json(args.json, summary | {"status": None})
         return 0
-    status = follow(args.address, job_id, console)
+    status = follow(address, job_id, console)
     write_json(args.json, summary | {"status": status.value})
     return _exit(status)
 
 
-def _job(args: Namespace, inner: Namespace) -> jobs.Job:
-    """The job that the command line asks for.
+def _job(args: Namespace, inner: Namespace) -> tuple[Recipe, jobs.Job, str]:
+    """The recipe as the cluster has it, the job that the command line asks for, and where it goes.
 
     Raises:
         RecipeError: with everything that is wrong with it.
     """
-    problems = unset(args.env)
-    recipe = gathered(problems, lambda: load_recipe(inner.recipe, inner.overrides))
-    if recipe is not None:
+    problems: list[Problem] = []
+    env, address = args.env, args.address or os.environ.get(ADDRESS)
+    there = gathered(problems, lambda: on_cluster(inner.recipe, inner.overrides))
+    if there is not None:
+        recipe, changes = there
         problems += unreachable(recipe)
-    if problems:
+        env = [*args.env, *recipe.cluster.env]
+        address = args.address or recipe.cluster.address or address
+        if address is None:
+            allowed = f"the URL of the cluster's dashboard, here, in the recipe's cluster.address, or in {ADDRESS}"
+            problems.append(Problem("--address", None, allowed))
+    problems += unset(env)
+    if problems or there is None or address is None:
         raise RecipeError(problems)
     words, files = with_files(args.words, [getattr(inner, name, None) for name in FILES])
-    words.append("ray.address=auto")
+    words += [*changes, "ray.address=auto"]
     if inner.command == "train":
         words.append("ray.backend=ray")
-    return jobs.Job(words, files, args.env, args.install)
+    return recipe, jobs.Job(words, files, env, args.install), address
+
+
+def on_cluster(name: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
+    """A recipe as it runs on a cluster, and what its ``cluster`` part changes; what is typed counts more."""
+    typed = {o.partition("=")[0].strip() for o in overrides}
+    changes = [c for c in load_recipe(name, overrides).cluster.overrides() if c.partition("=")[0] not in typed]
+    return load_recipe(name, [*overrides, *changes]), changes
+
+
+def _check_room(recipe: Recipe, inner: Namespace, address: str, console: Console) -> None:
+    """Find out whether the cluster can ever hold the job.
+
+    Raises:
+        RecipeError: it cannot, and no autoscaler adds to it.
+    """
+    nodes = jobs.nodes(address)
+    # The other commands run trials of one worker, as many at a time as there is room for.
+    settings = recipe.ray if inner.command == "train" else recipe.ray.model_copy(update={"num_workers": 1})
+    problems = capacity.problems(settings, nodes)
+    if problems and not capacity.may_grow(nodes):
+        raise RecipeError(problems)
+    for problem in problems:
+        console.print(Text(f"the job waits for nodes that an autoscaler adds: {problem}", "yellow"), soft_wrap=True)
 
 
 def with_files(words: Sequence[str], named: Sequence[str | None]) -> tuple[list[str], dict[str, Path]]:
@@ -94,8 +128,8 @@ def send(client: JobSubmissionClient, job: jobs.Job, console: Console) -> tuple[
 
 def unset(names: Sequence[str]) -> list[Problem]:
     """Variables that a job is to get and that have no value here."""
-    allowed = "names of variables that are set here, separated by commas"
-    return [Problem("--env", name, allowed) for name in names if name not in os.environ]
+    allowed = "names of variables that are set here"
+    return [Problem("--env or cluster.env", name, allowed) for name in names if name not in os.environ]
 
 
 def unreachable(recipe: Recipe) -> list[Problem]:

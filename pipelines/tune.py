@@ -113,7 +113,7 @@ def main(args: Namespace, console: Console) -> int:
     with console.status("checking recipe, data and model"):
         tuned = _decide(options, inspect(options.recipe))
     seconds = None
-    if options.recipe.ray.address is None and options.recipe.ray.num_workers == 1:
+    if options.recipe.ray.address is None and options.recipe.ray.most == 1:
         with console.status("timing a few steps"):
             evaluations = 1 if options.watched is None else options.evaluations
             seconds = tuned.plan["trials"] * probe(tuned.recipe).seconds(tuned.plan["steps"], evaluations)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import transformers
 from transformers import PreTrainedTokenizerBase
 
-from hyperlora.config import Recipe
+from hyperlora import storage
+from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.packed import fetch, obtain, write
+from hyperlora.storage import StorageError
 from hyperlora.tasks.base import Task
-from hyperlora.tasks.classification import Classification
-from hyperlora.tasks.data import load_rows
+from hyperlora.tasks.classification import Classification, label_names
+from hyperlora.tasks.data import PARTS, Part, Parts, Row, read_rows, survey
 from hyperlora.tasks.generation import Generation
 from hyperlora.tasks.language_modeling import LanguageModeling
 
@@ -18,13 +30,76 @@ FAMILIES: dict[str, type[Classification] | type[Generation] | type[LanguageModel
     "classification": Classification,
     "language-modeling": LanguageModeling,
 }
+#: Modules that decide what a row becomes.
+CODE = ("base", "classification", "generation", "language_modeling")
 
 
-def build_task(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """Read the rows of a recipe and tokenise them.
+def build_task(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: str | None = None,
+    share: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Task:
+    """A recipe's task with its tokenised rows, which are taken from the cache or built.
+
+    Args:
+        recipe: a valid recipe.
+        tokenizer: of its model.
+        rows: fingerprint of rows that another process has shared; the recipe's own files are then not read.
+        share: put them below ``storage.uri`` for workers on other machines.
+        say: is told what is being done.
 
     Raises:
-        RecipeError: a file is missing, unreadable or empty, or a row lacks a column or has an unknown label.
+        RecipeError: a file is missing, unreadable or empty, a row lacks a column or has an unknown label, or
+            ``storage.uri`` cannot be written.
+        StorageError: the shared rows cannot be read.
     """
-    train, held_out = load_rows(recipe.data, recipe.task.kind)
-    return FAMILIES[recipe.task.kind](recipe, tokenizer, train, held_out)
+    family = FAMILIES[recipe.task.kind]
+    shared = f"{storage.absolute(recipe.storage.uri)}/rows"
+    if rows is not None:
+        packed = fetch(rows, shared)
+        task = family(recipe, tokenizer, packed.labels)
+    else:
+        found = survey(recipe.data, recipe.task.kind)
+        labels = label_names(recipe, found) if recipe.task.kind == "classification" else ()
+        task = family(recipe, tokenizer, labels)
+
+        def build(folder: Path) -> None:
+            parts: dict[str, Iterator[Row]] = {part: read_rows(recipe.data, recipe.task.kind, part) for part in PARTS}
+            write(folder, parts, family.columns, task.encode, labels, say)
+
+        try:
+            packed = obtain(_fingerprint(recipe, tokenizer, found, labels), build, shared if share else None)
+        except StorageError as error:
+            allowed = f"a writable folder or URI ({error})"
+            raise RecipeError([Problem("storage.uri", recipe.storage.uri, allowed)]) from error
+    task.packed, task.train, task.held_out = packed, packed.rows("train"), packed.rows("eval")
+    return task
+
+
+def _fingerprint(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, found: Mapping[Parts, Part], labels: tuple[str, ...]
+) -> str:
+    """Of the rows, the way they become tokens, and the code that does it."""
+    fields = recipe.data.model_dump(
+        mode="json", include={"text", "text_pair", "label", "prompt", "completion", "template"}
+    )
+    code = [Path(sys.modules[f"{__name__}.{name}"].__file__ or "").read_bytes() for name in CODE]
+    content = [
+        {part: content.sha256 for part, content in found.items()},
+        [fields, recipe.task.model_dump(mode="json"), labels],
+        [_vocabulary(tokenizer), type(tokenizer).__name__, str(tokenizer.eos_token)],
+        [transformers.__version__, tokenizers.__version__, *(hashlib.sha256(text).hexdigest() for text in code)],
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything that a tokenizer does with a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: dict[str, Any] = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:
+        content |= {"truncation": None, "padding": None}  # left by the last call
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

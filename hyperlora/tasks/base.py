@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hyperlora.config import Recipe
+from hyperlora.packed import Packed
 
 IGNORED = -100
 Batch = dict[str, Tensor]
+TOKENS = pa.list_(pa.int32())
 
 
 class Task(ABC):
@@ -26,19 +29,27 @@ class Task(ABC):
         higher_is_better: whether a larger metric is better.
         num_labels: classes of a classifier, None for a causal LM.
         labels: their names in order of the index, empty for a causal LM.
-        train, held_out: Arrow data sets with ``input_ids``, ``labels`` and ``weight``, the number of targets in a row's
-            loss.
+        columns: of a tokenised row: ``input_ids``, ``labels``, ``weight``, the number of targets in a row's loss, and
+            what else the metric needs.
+        train, held_out: tokenised rows, mapped into memory.
+        packed: where they lie, and their counts.
     """
 
     metric: str
     higher_is_better: bool = True
     num_labels: int | None = None
-    labels: tuple[str, ...] = ()
+    labels: tuple[str, ...]
+    columns: pa.Schema
     train: Dataset
     held_out: Dataset
+    packed: Packed
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.recipe, self.tokenizer = recipe, tokenizer
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] = ()) -> None:
+        self.recipe, self.tokenizer, self.labels = recipe, tokenizer, labels
+
+    @abstractmethod
+    def encode(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        """Tokenise rows: a list for each of ``columns``."""
 
     @abstractmethod
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:

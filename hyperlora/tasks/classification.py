@@ -2,59 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hyperlora.config import Problem, Recipe, RecipeError
-from hyperlora.tasks.base import Batch, Task
+from hyperlora.tasks.base import TOKENS, Batch, Task
+from hyperlora.tasks.data import Part, Parts
+
+
+def label_names(recipe: Recipe, found: Mapping[Parts, Part]) -> tuple[str, ...]:
+    """The labels in order of their index: as the recipe has them, or those of the training rows, sorted.
+
+    Raises:
+        RecipeError: a label of the rows is not among them, or there are fewer than two.
+    """
+    names = recipe.data.labels or tuple(sorted(found["train"].labels))
+    problems = []
+    if len(names) < 2:
+        problems.append(Problem("data.labels", names, "two labels or more in the training rows, or named here"))
+    for part, content in found.items():
+        unknown = sorted(content.labels - set(names))
+        if unknown:
+            known = f"labels in column {recipe.data.label}: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+            problems.append(Problem(f"data.{part}", unknown[:5], known))
+    if problems:
+        raise RecipeError(problems)
+    return names
 
 
 class Classification(Task):
-    """Cross-entropy of the class; metric: accuracy on the held-out rows.
-
-    Raises:
-        RecipeError: a label of the rows is not among ``data.labels``, or there are fewer than two.
-    """
+    """Cross-entropy of the class; metric: accuracy on the held-out rows."""
 
     metric = "accuracy"
+    columns = pa.schema([("input_ids", TOKENS), ("labels", pa.int32()), ("weight", pa.int32())])
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        tokenizer: PreTrainedTokenizerBase,
-        train: list[dict[str, Any]],
-        held_out: list[dict[str, Any]],
-    ) -> None:
-        super().__init__(recipe, tokenizer)
-        column = recipe.data.label
-        names = recipe.data.labels or tuple(sorted({str(row[column]) for row in train}))
-        problems = []
-        if len(names) < 2:
-            problems.append(Problem("data.labels", names, "two labels or more in the training rows, or named here"))
-        for part, rows in (("train", train), ("eval", held_out)):
-            unknown = sorted({str(row[column]) for row in rows} - set(names))
-            if unknown:
-                known = f"labels in column {column}: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
-                problems.append(Problem(f"data.{part}", unknown[:5], known))
-        if problems:
-            raise RecipeError(problems)
-        self.label_index = {name: n for n, name in enumerate(names)}
-        self.num_labels, self.labels = len(names), names
-        self.train = self._encode(train)
-        self.held_out = self._encode(held_out)
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] = ()) -> None:
+        super().__init__(recipe, tokenizer, labels)
+        self.num_labels = len(labels)
+        self.label_index = {name: n for n, name in enumerate(labels)}
 
-    def _encode(self, rows: list[dict[str, Any]]) -> Dataset:
+    def encode(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
         data = self.recipe.data
         texts = [str(row[data.text]) for row in rows]
         pairs = [str(row[data.text_pair]) for row in rows] if data.text_pair else None
         ids = self.tokenizer(texts, pairs, truncation=True, max_length=self.recipe.task.max_length)["input_ids"]
         labels = [self.label_index[str(row[data.label])] for row in rows]
-        return Dataset.from_dict({"input_ids": ids, "labels": labels, "weight": [1] * len(ids)})
+        return {"input_ids": ids, "labels": labels, "weight": [1] * len(ids)}
 
     def _labels(self, rows: list[dict[str, Any]], longest: int) -> Tensor:
         return torch.tensor([row["labels"] for row in rows])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal, get_args
 
 import fsspec
 from datasets import load_dataset
@@ -21,25 +24,70 @@ GENERATED_ROWS = {"train": 4000, "heldout": 200}
 LONGEST_LINE = 4 * 1024 * 1024
 
 
-def load_rows(data: DataConfig, kind: str) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows.
+@dataclass
+class Part:
+    """What reading all rows of one part has told.
+
+    Attributes:
+        rows: how many there are.
+        labels: those of a classification.
+        sha256: over the rows in their order.
+    """
+
+    rows: int = 0
+    labels: set[str] = field(default_factory=set)
+    sha256: str = ""
+
+
+Parts = Literal["train", "eval"]
+PARTS: tuple[Parts, ...] = get_args(Parts)
+
+
+def survey(data: DataConfig, kind: str) -> dict[Parts, Part]:
+    """Read every row once, and keep none.
 
     Raises:
         RecipeError: naming the file and line, what was found and what is allowed; problems of both parts at once.
     """
     problems: list[Problem] = []
-    parts: list[list[Row]] = []
-    for part, rows in (("train", data.train_rows), ("eval", data.eval_rows)):
+    found = {part: Part() for part in PARTS}
+    for part, content in found.items():
+        digest = hashlib.sha256()
         try:
-            parts.append(_load_part(data, kind, part, rows))
+            for row in read_rows(data, kind, part):
+                content.rows += 1
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+                if kind == "classification":
+                    content.labels.add(str(row[data.label]))
         except RecipeError as error:
             problems += error.problems
+        content.sha256 = digest.hexdigest()
     if problems:
         raise RecipeError(problems)
-    return parts[0], parts[1]
+    return found
 
 
-def _load_part(data: DataConfig, kind: str, part: str, limit: int | None) -> list[Row]:
+def read_rows(data: DataConfig, kind: str, part: Parts) -> Iterator[Row]:
+    """The rows of one part, one after the other.
+
+    Raises:
+        RecipeError: when the row comes up that is wrong; or there is none, or they cannot be read.
+    """
+    name, limit = getattr(data, part), getattr(data, f"{part}_rows")
+    texts = _columns(data, kind)
+    labels = [data.label] if kind == "classification" else []
+    number = 0
+    for number, row in enumerate(islice(_source(data, part, name, limit), limit), 1):
+        wrong = _row_problem(row, texts, labels)
+        if wrong is not None:
+            allowed = f"columns {', '.join(texts + labels)}; row {number} {wrong}"
+            raise RecipeError([Problem(f"data.{part}", name, allowed)])
+        yield row
+    if not number:
+        raise RecipeError([Problem(f"data.{part}", name, "at least one row")])
+
+
+def _source(data: DataConfig, part: Parts, name: str | None, limit: int | None) -> Iterable[Row]:
     if data.source in ("word-problems", "entailment"):
         make = generated.word_problems if data.source == "word-problems" else generated.entailment_pairs
         split: generated.Split = "train" if part == "train" else "heldout"
@@ -47,26 +95,14 @@ def _load_part(data: DataConfig, kind: str, part: str, limit: int | None) -> lis
             return make(limit or GENERATED_ROWS[split], data.seed, split)
         except ValueError as error:
             raise RecipeError([Problem(f"data.{part}_rows", limit, str(error))]) from error
-    name = getattr(data, part)
     if data.source == "hub":
         try:
-            rows = [dict(row) for row in load_dataset(data.root, data.subset, split=name)]
+            return load_dataset(data.root, data.subset, split=name)
         except (OSError, ValueError, DatasetsError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             allowed = f"the hub name of a data set with split {name!r} ({reason})"
             raise RecipeError([Problem("data.root", data.root, allowed)]) from error
-    else:
-        rows = _read(f"{str(data.root).rstrip('/')}/{name}", f"data.{part}", data)
-    if not rows:
-        raise RecipeError([Problem(f"data.{part}", name, "at least one row")])
-    texts = _columns(data, kind)
-    labels = [data.label] if kind == "classification" else []
-    for number, row in enumerate(rows, 1):
-        wrong = _row_problem(row, texts, labels)
-        if wrong is not None:
-            allowed = f"columns {', '.join(texts + labels)}; row {number} {wrong}"
-            raise RecipeError([Problem(f"data.{part}", name, allowed)])
-    return rows[:limit]
+    return _read(f"{str(data.root).rstrip('/')}/{name}", f"data.{part}", data)
 
 
 def _row_problem(row: Any, texts: list[str], labels: list[str]) -> str | None:
@@ -84,7 +120,9 @@ def _row_problem(row: Any, texts: list[str], labels: list[str]) -> str | None:
             return f"has no text in {column}, but {type(value).__name__}"
         if "\0" in value:
             return f"has a NUL character in {column}"
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
             return f"has half a surrogate pair in {column}"
     for column in labels:
         value = row[column]
@@ -102,7 +140,7 @@ def _columns(data: DataConfig, kind: str) -> list[str]:
     return list(dict.fromkeys(template_columns(data)))
 
 
-def _read(uri: str, field: str, data: DataConfig) -> list[Row]:
+def _read(uri: str, field: str, data: DataConfig) -> Iterator[Row]:
     def refused(allowed: str) -> RecipeError:
         return RecipeError([Problem(field, uri, allowed)])
 
@@ -114,8 +152,9 @@ def _read(uri: str, field: str, data: DataConfig) -> list[Row]:
                 content = json.load(stream)
                 if not isinstance(content, list):
                     raise ValueError(f"a list of rows, found {type(content).__name__}")
-                return content
-            return list(_rows(stream, data))
+                yield from content
+            else:
+                yield from _rows(stream, data)
     except FileNotFoundError:
         raise refused("allowed: an existing file") from None
     except OSError as error:

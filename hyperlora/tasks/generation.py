@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pyarrow as pa
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from hyperlora.config import Recipe
-from hyperlora.tasks.base import IGNORED, Batch, Task, next_token_loss_sum
+from hyperlora.tasks.base import IGNORED, TOKENS, Batch, Task, next_token_loss_sum
 
 _FINAL = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
 
@@ -27,18 +25,17 @@ class Generation(Task):
 
     metric = "exact_match"
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        tokenizer: PreTrainedTokenizerBase,
-        train: list[dict[str, Any]],
-        held_out: list[dict[str, Any]],
-    ) -> None:
-        super().__init__(recipe, tokenizer)
-        self.train = self._encode(train)
-        self.held_out = self._encode(held_out)
+    columns = pa.schema(
+        [
+            ("input_ids", TOKENS),
+            ("labels", TOKENS),
+            ("weight", pa.int32()),
+            ("prompt_ids", TOKENS),
+            ("answer", pa.string()),
+        ]
+    )
 
-    def _encode(self, rows: list[dict[str, Any]]) -> Dataset:
+    def encode(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
         data, task = self.recipe.data, self.recipe.task
         prompts = [task.prompt_format.replace("{prompt}", str(row[data.prompt])) for row in rows]
         completions = [f" {row[data.completion]}{self.tokenizer.eos_token or ''}" for row in rows]
@@ -46,15 +43,13 @@ class Generation(Task):
         completion_ids = self.tokenizer(completions, add_special_tokens=False)["input_ids"]
         ids = [(p + c)[: task.max_length] for p, c in zip(prompt_ids, completion_ids, strict=True)]
         labels = [([IGNORED] * len(p) + c)[: task.max_length] for p, c in zip(prompt_ids, completion_ids, strict=True)]
-        return Dataset.from_dict(
-            {
-                "input_ids": ids,
-                "labels": labels,
-                "weight": [sum(t != IGNORED for t in row[1:]) for row in labels],
-                "prompt_ids": prompt_ids,
-                "answer": [final_answer(c) or "" for c in completions],
-            }
-        )
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "weight": [sum(t != IGNORED for t in row[1:]) for row in labels],
+            "prompt_ids": prompt_ids,
+            "answer": [final_answer(c) or "" for c in completions],
+        }
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         return next_token_loss_sum(model, batch)

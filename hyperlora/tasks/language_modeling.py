@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset
+import pyarrow as pa
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from hyperlora.config import Recipe
-from hyperlora.tasks.base import Batch, Task, next_token_loss_sum
+from hyperlora.tasks.base import TOKENS, Batch, Task, next_token_loss_sum
 
 
 class LanguageModeling(Task):
@@ -19,24 +17,15 @@ class LanguageModeling(Task):
     metric = "held_out_loss"
     higher_is_better = False
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        tokenizer: PreTrainedTokenizerBase,
-        train: list[dict[str, Any]],
-        held_out: list[dict[str, Any]],
-    ) -> None:
-        super().__init__(recipe, tokenizer)
-        self.train = self._encode(train)
-        self.held_out = self._encode(held_out)
+    columns = pa.schema([("input_ids", TOKENS), ("labels", TOKENS), ("weight", pa.int32())])
 
-    def _encode(self, rows: list[dict[str, Any]]) -> Dataset:
+    def encode(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
         data = self.recipe.data
         eos = str(self.tokenizer.eos_token or "")
         columns = [{**row, "prompt": row.get(data.prompt), "completion": row.get(data.completion)} for row in rows]
         texts = [data.template.format_map(row) + eos for row in columns]
         ids = self.tokenizer(texts, truncation=True, max_length=self.recipe.task.max_length)["input_ids"]
-        return Dataset.from_dict({"input_ids": ids, "labels": ids, "weight": [max(0, len(row) - 1) for row in ids]})
+        return {"input_ids": ids, "labels": ids, "weight": [max(0, len(row) - 1) for row in ids]}
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         return next_token_loss_sum(model, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from refusals import Refused, checker
 
 # The tests' own Ray needs no dashboard clients, proxies or usage reports.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Tokenised rows of earlier versions are none of the tests' business.
+_CACHE = tempfile.TemporaryDirectory(prefix="hyperlora-cache-")
+os.environ["HYPERLORA_CACHE"] = _CACHE.name
 
 ARCHITECTURE = {
     "model_type": "llama",

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,46 +14,20 @@ from typing import Any
 import pytest
 import yaml
 from conftest import small_recipe
-from s3 import free_port
+from nodes import TOKEN, Cluster, hyperlora, submit
 
 from hyperlora import jobs
 from pipelines.cli import main
 
-BIN = Path(sys.executable).parent
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address() -> Iterator[str]:
     """A cluster of one node that asks for a token; the dashboard's URL."""
-    dashboard = free_port()
-    # Another Ray on this machine must not share these ports.
-    names = ("port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
-    ports = [f"--{name}={free_port()}" for name in names]
-    env = os.environ | TOKEN | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
-    temporary = f"/tmp/hl{os.getpid()}"  # sockets' paths may have 107 characters
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
-    command += [*ports, f"--dashboard-port={dashboard}", f"--temp-dir={temporary}"]
-    node = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cluster = Cluster(2)
     try:
-        wait_until(lambda: answers(dashboard) and answers(int(ports[1].split("=")[1])), 120)
-        yield f"http://127.0.0.1:{dashboard}"
+        yield cluster.url
     finally:
-        node.terminate()
-        node.wait(60)
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as s:
-        s.settimeout(1)
-        return s.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_until(condition: Any, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+        cluster.kill()
 
 
 def recipe_file(folder: Path, name: str, **training: Any) -> Path:
@@ -66,20 +37,6 @@ def recipe_file(folder: Path, name: str, **training: Any) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
-
-
-def hyperlora(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, as a user has it: Ray reads the token's settings once."""
-    command = [sys.executable, "-m", "pipelines.cli", *words]
-    env = os.environ | {"RAY_AUTH_TOKEN": TOKEN["RAY_AUTH_TOKEN"]} | environment
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-
-
-def submit(address: str, folder: Path, *words: str, **environment: str) -> dict[str, Any]:
-    summary = folder / "job.json"
-    done = hyperlora("submit", *words, "--address", address, "--json", str(summary), **environment)
-    assert summary.is_file(), done.stderr
-    return json.loads(summary.read_text()) | {"exit": done.returncode, "shown": done.stdout}
 
 
 def results(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -135,9 +92,10 @@ def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(addre
 
 def test_a_failing_job_fails_the_command(address: str, tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "bad")
-    done = submit(address, tmp_path, "train", str(path), "ray.num_workers=64", "training.batch_size=64")
+    changes = ["optimizer.lr=1e200", "optimizer.warmup=0", "optimizer.max_grad_norm=null", "method=adalora"]
+    done = submit(address, tmp_path, "train", str(path), *changes)
     assert (done["exit"], done["status"]) == (1, "FAILED")
-    assert "ray.num_workers" in done["shown"]
+    assert "lower optimizer.lr" in done["shown"]
 
 
 def test_the_doctor_tries_every_node(address: str, tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
-"""The files in infra/ agree with the project, and the real parsers take them. No container is started."""
+"""The files in infra/ agree with the project; real parsers and published schemas take them. No container is started."""
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import click
+import compose_spec
+import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -20,11 +25,80 @@ INFRA = ROOT / "infra"
 PINS = dict(re.findall(r"^([a-z0-9_.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
 KUBERAY = {p.stem: yaml.safe_load(p.read_text()) for p in sorted((INFRA / "kuberay").glob("*.yaml"))}
+SCHEMA = yaml.safe_load((ROOT / "tests/schemas/kuberay.yaml").read_text())
+
+
+def filled(text: str) -> str:
+    """Compose's text with its variables filled in."""
+    return re.sub(r"\$\{\w+(?::-([^}]*)|:\?[^}]*)?\}", lambda m: m[1] or "x", text)
 
 
 def words(command: str) -> list[str]:
-    """A compose command with its variables filled in."""
-    return shlex.split(re.sub(r"\$\{\w+(?::-([^}]*)|:\?[^}]*)?\}", lambda m: m[1] or "x", command))
+    return shlex.split(filled(command))
+
+
+def cluster_spec(name: str) -> dict[str, Any]:
+    spec = KUBERAY[name]["spec"]
+    return spec if name == "raycluster" else spec["rayClusterSpec"]
+
+
+def groups(name: str) -> list[dict[str, Any]]:
+    return [cluster_spec(name)["headGroupSpec"], *cluster_spec(name)["workerGroupSpecs"]]
+
+
+def compose(specification: dict[str, Any]) -> None:
+    """Parse a compose file whose anchors are resolved.
+
+    Raises:
+        ValueError: the Compose specification does not allow it.
+    """
+    text = json.dumps({k: v for k, v in specification.items() if not k.startswith("x-")})
+    compose_spec.PyCompose.from_yaml(yaml.safe_dump(json.loads(filled(text)))).validate()
+
+
+def test_the_compose_file_follows_the_specification() -> None:
+    compose(COMPOSE)
+    wrong = copy.deepcopy(COMPOSE)
+    wrong["services"]["head"]["healthchek"] = wrong["services"]["head"].pop("healthcheck")
+    with pytest.raises(ValueError, match="healthchek"):
+        compose(wrong)
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_takes_its_manifests(name: str) -> None:
+    jsonschema.validate(KUBERAY[name], SCHEMA)
+    wrong = copy.deepcopy(KUBERAY[name])
+    where = wrong["spec"] if name == "raycluster" else wrong["spec"]["rayClusterSpec"]
+    where["workerGroupSpecs"][0]["rayStartParams"]["num-gpus"] = 1  # a number where the operator wants text
+    with pytest.raises(jsonschema.ValidationError, match="1 is not of type 'string'"):
+        jsonschema.validate(wrong, SCHEMA)
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kubernetes_takes_the_pods(name: str) -> None:
+    version = kubernetes_validate.latest_version()
+    for group in groups(name):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": group["template"]["spec"]}
+        kubernetes_validate.validate(pod, version, strict=True)
+        pod = copy.deepcopy(pod)
+        pod["spec"]["containers"][0]["imag"] = "x"
+        with pytest.raises(kubernetes_validate.ValidationError, match="imag"):
+            kubernetes_validate.validate(pod, version, strict=True)
+
+
+def test_rays_autoscaler_reads_the_groups() -> None:
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+    from ray.autoscaler._private.util import validate_config
+
+    manifest = copy.deepcopy(KUBERAY["raycluster"])
+    manifest["metadata"]["namespace"] = "default"
+    config = _derive_autoscaling_config_from_ray_cr(manifest)
+    validate_config(config)
+    assert config["idle_timeout_minutes"] == 5
+    types = config["available_node_types"]
+    assert types["headgroup"]["resources"]["CPU"] == 0
+    assert types["gpu"]["resources"] | {"memory": 0} == {"CPU": 8, "GPU": 1, "memory": 0}
+    assert (types["gpu"]["min_workers"], types["gpu"]["max_workers"]) == (0, 4)
 
 
 @pytest.mark.parametrize("service", ["head", "worker"])
@@ -69,13 +143,11 @@ def test_versions_images_and_ports_agree() -> None:
     assert built == {"hyperadalora:cpu", "hyperadalora:cuda"} == set(re.findall(r"-t (hyperadalora:\w+)", dockerfile))
     used = set(re.findall(r"hyperadalora:\w+", "".join(p.read_text() for p in INFRA.rglob("*.yaml"))))
     assert used == built
-    for name, manifest in KUBERAY.items():
-        spec = manifest["spec"] if name == "raycluster" else manifest["spec"]["rayClusterSpec"]
-        assert spec["rayVersion"] == PINS["ray"]
-        head = spec["headGroupSpec"]["template"]["spec"]["containers"][0]
+    for name in KUBERAY:
+        assert cluster_spec(name)["rayVersion"] == PINS["ray"]
+        head = groups(name)[0]["template"]["spec"]["containers"][0]
         assert {p["containerPort"] for p in head["ports"]} == {6379, 8265}
-        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
-        for group in groups:
+        for group in groups(name):
             environment = {e["name"]: e for e in group["template"]["spec"]["containers"][0]["env"]}
             assert environment["RAY_AUTH_MODE"]["value"] == "token"
             assert "secretKeyRef" in environment["RAY_AUTH_TOKEN"]["valueFrom"]

@@ -1,0 +1,285 @@
+"""Tokenised rows as Arrow files, built once by fingerprint, mapped into memory by whoever trains on them.
+
+    <cache>/rows/<fingerprint>/train.arrow, eval.arrow    streams of record batches
+                               rows.json                  counts, labels, SHA-256 and size of both; written last
+    <storage.uri>/rows/<fingerprint>/                     the same, for workers on other machines
+
+The cache is ``$HYPERLORA_CACHE``, by default ``~/.cache/hyperlora``. Rows and tokens are never in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+from filelock import FileLock
+
+from hyperlora import storage, uris
+from hyperlora.config import Problem, RecipeError
+from hyperlora.ownership import Lease, OwnedElsewhereError
+from hyperlora.storage import StorageError, patiently
+
+logger = logging.getLogger(__name__)
+
+#: Rows that are tokenised and written together.
+BATCH = 1000
+MANIFEST = "rows.json"
+Columns = dict[str, list[Any]]
+Encode = Callable[[list[dict[str, Any]]], Columns]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows that are ready to train on.
+
+    Attributes:
+        folder: that holds them here.
+        content: of ``rows.json``.
+    """
+
+    folder: Path
+    content: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.folder.name
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of a classification, in order of their index."""
+        return tuple(self.content["labels"])
+
+    def rows(self, part: str) -> Dataset:
+        """One part, mapped into memory."""
+        return Dataset.from_file(str(self.folder / f"{part}.arrow"))
+
+    def count(self, part: str, name: str) -> int:
+        """``rows``, ``longest`` (tokens of a row), ``largest`` (token), ``targets`` or ``empty`` (rows without one)."""
+        return int(self.content["parts"][part][name])
+
+
+def cache() -> Path:
+    """The folder of packed rows on this machine."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HYPERLORA_CACHE") or f"{home}/hyperlora").expanduser().absolute() / "rows"
+
+
+def obtain(
+    fingerprint: str,
+    build: Callable[[Path], None],
+    shared: str | None = None,
+) -> Packed:
+    """Packed rows from this machine's cache, from where they are shared, or built; by one process at a time.
+
+    Args:
+        fingerprint: of everything that decides what is in them.
+        build: writes them into a folder.
+        shared: folder or URI where they are to lie afterwards, below which a claim keeps others from building as well.
+
+    Raises:
+        RecipeError: there is no room for them here.
+        StorageError: ``shared`` does not answer.
+    """
+    folder = cache() / fingerprint
+    store = None if shared is None else f"{shared}/{fingerprint}"
+    with _alone(folder):
+        while True:
+            if store is None or _manifest(store) is not None:
+                if not _complete(folder) and store is not None:
+                    try:
+                        _fetch(store, folder)
+                    except StorageError as error:
+                        logger.warning("packed rows are built again: %s", error)
+                if not _complete(folder):
+                    _build(folder, build)
+                return _open(folder)
+            try:
+                with Lease(store):
+                    if _manifest(store) is not None:
+                        continue
+                    if not _complete(folder):
+                        _build(folder, build)
+                    _publish(folder, store)
+            except OwnedElsewhereError:
+                time.sleep(1)
+
+
+def fetch(fingerprint: str, shared: str) -> Packed:
+    """Packed rows that somebody else has built, once for all processes of this machine.
+
+    Raises:
+        StorageError: they are not where they are shared, or are damaged: names the file.
+        RecipeError: there is no room for them here.
+    """
+    folder = cache() / fingerprint
+    with _alone(folder):
+        if not _complete(folder):
+            _fetch(f"{shared}/{fingerprint}", folder)
+    return _open(folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise _no_room(error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _no_room(error: OSError) -> RecipeError:
+    allowed = f"a folder with room for the tokenised rows in HYPERLORA_CACHE ({error})"
+    return RecipeError([Problem("data", str(cache()), allowed)])
+
+
+def _complete(folder: Path) -> bool:
+    """Whether all files are there in their full size; what is not, is taken away."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if all((folder / name).stat().st_size == file["size"] for name, file in content["files"].items()):
+            return True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def _open(folder: Path) -> Packed:
+    return Packed(folder, json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _new(folder: Path) -> Iterator[Path]:
+    """A folder that takes its place when it is complete."""
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield new
+        for file in new.iterdir():
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _build(folder: Path, build: Callable[[Path], None]) -> None:
+    try:
+        with _new(folder) as new:
+            build(new)
+    except OSError as error:
+        raise _no_room(error) from error
+
+
+def write(
+    folder: Path,
+    parts: Mapping[str, Iterator[dict[str, Any]]],
+    schema: pa.Schema,
+    encode: Encode,
+    labels: tuple[str, ...],
+    say: Say,
+) -> None:
+    """Tokenise rows as they come, and write them.
+
+    Args:
+        folder: to write into.
+        parts: rows of ``train`` and ``eval``.
+        schema: of the tokenised rows.
+        encode: tokenises some rows.
+        labels: of a classification.
+        say: is told how far it is.
+    """
+    counts, files = {}, {}
+    for part, rows in parts.items():
+        path = folder / f"{part}.arrow"
+        counts[part] = _write_part(path, rows, schema, encode, partial(_tell, say, part))
+        files[path.name] = _identity(path)
+    content = {"parts": counts, "files": files, "labels": list(labels)}
+    (folder / MANIFEST).write_bytes(storage.pack_json(content))
+
+
+def _tell(say: Say, part: str, rows: int) -> None:
+    say(f"tokenising {part}: {rows:,} rows")
+
+
+def _write_part(
+    path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema, encode: Encode, say: Callable[[int], None]
+) -> dict[str, int]:
+    found = {"rows": 0, "longest": 0, "largest": 0, "targets": 0, "empty": 0}
+    told = time.monotonic()
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+        while some := list(islice(rows, BATCH)):
+            columns = encode(some)
+            ids, weights = columns["input_ids"], columns["weight"]
+            found["rows"] += len(some)
+            found["longest"] = max(found["longest"], *map(len, ids))
+            found["largest"] = max(found["largest"], *(max(row, default=0) for row in ids))
+            found["targets"] += sum(weights)
+            found["empty"] += sum(weight == 0 for weight in weights)
+            stream.write_batch(pa.record_batch(columns, schema=schema))
+            if time.monotonic() - told > 1:
+                say(found["rows"])
+                told = time.monotonic()
+    return found
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "size": path.stat().st_size}
+
+
+# ---------------------------------------------------------------- where they are shared
+
+
+def _manifest(store: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(patiently(storage.read, f"{store}/{MANIFEST}")))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise StorageError(f"{uris.redacted(store)}/{MANIFEST}", f"is damaged: {error}", False) from error
+
+
+def _publish(folder: Path, store: str) -> None:
+    for name in _open(folder).content["files"]:
+        patiently(storage.upload, folder / name, f"{store}/{name}")
+    patiently(storage.write, f"{store}/{MANIFEST}", (folder / MANIFEST).read_bytes())
+
+
+def _fetch(store: str, folder: Path) -> None:
+    content = _manifest(store)
+    if content is None:
+        raise StorageError(uris.redacted(store), f"has no {MANIFEST}", False)
+    try:
+        with _new(folder) as new:
+            for name, expected in content["files"].items():
+                if Path(name).name != name:
+                    raise StorageError(
+                        uris.redacted(store), f"{MANIFEST} names {name!r}, which is no file's name", False
+                    )
+                patiently(storage.download, f"{store}/{name}", new / name)
+                if _identity(new / name) != expected:
+                    reason = f"is damaged: it differs from size and SHA-256 in {MANIFEST}"
+                    raise StorageError(f"{uris.redacted(store)}/{name}", reason, False)
+            (new / MANIFEST).write_bytes(storage.pack_json(content))
+    except FileNotFoundError as error:
+        raise StorageError(uris.redacted(store), f"lacks a file: {error}", False) from error

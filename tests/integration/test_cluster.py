@@ -1,0 +1,158 @@
+"""Jobs on a cluster of a head and two more nodes, with an S3 endpoint and an MLflow server; nodes die in the middle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3
+import yaml
+from conftest import small_recipe
+from mlflow import MlflowClient
+from nodes import Cluster, Node, hyperlora, submit, wait_until
+from safetensors.torch import load
+from tracking_server import Server
+
+from hyperlora import storage
+from pipelines.cli import main
+
+STORE = "s3://bucket/runs"
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """Three nodes of one CPU each."""
+    found = Cluster(1, 1, 1)
+    try:
+        yield found
+    finally:
+        found.kill()
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A recipe's ``cluster`` part for an S3 endpoint and an MLflow server, and the credentials in the environment."""
+    tracking = Server(tmp_path)
+    tracking.start()
+    with s3.running(s3.moto()) as endpoint:
+        environment = s3.ENVIRONMENT | {"AWS_ENDPOINT_URL": endpoint.url}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        type(storage.filesystem(STORE)[0]).clear_instance_cache()
+        storage.filesystem(STORE)[0].mkdir("bucket")
+        yield {"storage_uri": STORE, "tracking_uri": tracking.uri, "env": sorted(environment)}
+    tracking.stop()
+
+
+def write(folder: Path, name: str, cluster: dict[str, Any], **training: Any) -> Path:
+    recipe = small_recipe(folder) | {"name": name, "cluster": cluster}
+    recipe["training"] |= {"batch_size": 64} | training
+    recipe["ray"] = {"num_workers": 2}
+    recipe["mlflow"]["enabled"] = True
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def outcome(folder: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Result and adapter of the only run of a name."""
+    fs, root = storage.filesystem(folder)
+    (run,) = fs.glob(f"{root}/{name}-*")
+    return json.loads(fs.cat_file(f"{run}/result.json")), load(fs.cat_file(f"{run}/adapter/adapter_model.safetensors"))
+
+
+def checkpoints(name: str) -> int:
+    fs, root = storage.filesystem(STORE)
+    fs.invalidate_cache()
+    return len(fs.glob(f"{root}/{name}-*/checkpoints/*/trainer.json"))
+
+
+def with_a_worker(nodes: list[Node]) -> list[Node]:
+    """The nodes on which a training worker runs."""
+    return [n for n in nodes if any("RayTrainWorker" in " ".join(p.cmdline()) for p in n.processes() if alive(p))]
+
+
+def alive(process: Any) -> bool:
+    return bool(process.is_running()) and process.status() != "zombie"
+
+
+def follow(url: str, job: str) -> dict[str, Any]:
+    """A job's end, and what it has shown."""
+    done = hyperlora("logs", job, "--follow", "--address", url)
+    return {"exit": done.returncode, "shown": done.stdout + done.stderr}
+
+
+def test_a_node_dies_and_the_run_ends_with_the_same_adapter(
+    cluster: Cluster, places: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write(tmp_path, "fixed", places | {"placement": "STRICT_SPREAD"}, steps=60, checkpoint_every=5)
+    job = submit(cluster.url, tmp_path, "train", str(path), "--no-follow")
+    wait_until(lambda: checkpoints("fixed") >= 2, 180)
+    victim = with_a_worker(cluster.nodes)[0]
+    victim.kill()
+    cluster.nodes.remove(victim)
+    done = follow(cluster.url, job["job_id"])
+    assert done["exit"] == 0, done["shown"]
+    result, adapter = outcome(STORE, "fixed")
+    assert result["workers"] == 2
+    assert done["shown"].count("loading model and data") == 2, "the run did not notice that a node died"
+    # Two workers on this machine, undisturbed.
+    assert main(["train", str(path), "mlflow.enabled=false"]) == 0
+    whole, expected = outcome(str(tmp_path / "runs"), "fixed")
+    assert result["losses"] == whole["losses"]
+    assert adapter.keys() == expected.keys()
+    assert all(adapter[k].equal(expected[k]) for k in expected)
+    (run,) = MlflowClient(places["tracking_uri"]).search_runs(["1"])
+    history = MlflowClient(places["tracking_uri"]).get_metric_history(run.info.run_id, "loss")
+    assert sorted({m.step for m in history}) == list(range(1, 61))
+
+    # What is left holds one worker beside the head's: the elastic run goes on with one when that node dies as well.
+    path = write(tmp_path, "elastic", places | {"num_workers": [1, 2]}, steps=60, checkpoint_every=5)
+    job = submit(cluster.url, tmp_path, "train", str(path), "--no-follow")
+    wait_until(lambda: checkpoints("elastic") >= 2, 180)
+    (last,) = cluster.nodes
+    assert with_a_worker([last]) == [last]
+    last.kill()
+    cluster.nodes.remove(last)
+    done = follow(cluster.url, job["job_id"])
+    assert done["exit"] == 0, done["shown"]
+    elastic, _ = outcome(STORE, "elastic")
+    assert done["shown"].count("loading model and data") == 2
+    assert elastic["workers"] == 1
+    assert elastic["losses"] == pytest.approx(whole["losses"], abs=1e-4)
+    assert elastic["modules"] == whole["modules"]
+
+
+def test_two_jobs_share_the_cluster(cluster: Cluster, places: dict[str, Any], tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "two"):
+        path = write(tmp_path, name, places | {"num_workers": 1}, steps=40)
+        found.append(submit(cluster.url, tmp_path, "train", str(path), "--no-follow")["job_id"])
+    ends = [follow(cluster.url, job) for job in found]
+    assert [e["exit"] for e in ends] == [0, 0], ends
+    listing = tmp_path / "jobs.json"
+    assert hyperlora("jobs", "--address", cluster.url, "--json", str(listing)).returncode == 0
+    started = {j["job_id"]: j for j in json.loads(listing.read_text())}
+    first, second = (started[job] for job in found)
+    assert first["status"] == second["status"] == "SUCCEEDED"
+    losses = [outcome(STORE, name)[0]["losses"] for name in ("one", "two")]
+    assert losses[0] == losses[1]
+
+
+def test_more_than_the_cluster_can_give_is_refused_when_it_is_submitted(cluster: Cluster, tmp_path: Path) -> None:
+    path = write(tmp_path, "large", {"storage_uri": str(tmp_path), "num_workers": 4, "gpus_per_worker": 1})
+    words = ["submit", "train", str(path), "mlflow.enabled=false", "--address", cluster.url]
+    done = hyperlora(*words)
+    assert done.returncode == 2
+    message = " ".join(done.stderr.split())
+    assert "2 problems" in message
+    assert "4 workers need 4 CPUs, the cluster has 3" in message
+    assert "4 workers need 4 GPUs, the cluster has 0" in message
+    done = hyperlora(*words, "ray.num_workers=1", "ray.gpus_per_worker=0", "ray.cpus_per_worker=2")
+    assert "ray.cpus_per_worker: got 2.0; at most the 1 CPUs of the largest node" in " ".join(done.stderr.split())
+    listing = tmp_path / "jobs.json"
+    assert hyperlora("jobs", "--address", cluster.url, "--json", str(listing)).returncode == 0
+    assert json.loads(listing.read_text()) == []
