@@ -100,13 +100,8 @@ def obtain(
     with _alone(folder):
         while True:
             if store is None or _manifest(store) is not None:
-                if not _complete(folder) and store is not None:
-                    try:
-                        _fetch(store, folder)
-                    except StorageError as error:
-                        logger.warning("packed rows are built again: %s", error)
                 if not _complete(folder):
-                    _build(folder, build)
+                    _fetch_or_build(folder, build, store)
                 return _open(folder)
             try:
                 with Lease(store):
@@ -188,6 +183,18 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
             build(new)
     except OSError as error:
         raise _no_room(error) from error
+
+
+def _fetch_or_build(folder: Path, build: Callable[[Path], None], store: str | None) -> None:
+    try:
+        if store is not None:
+            _fetch(store, folder)
+            return
+    except StorageError as error:
+        logger.warning("tokenised rows are built again: %s", error)
+    _build(folder, build)
+    if store is not None:
+        _publish(folder, store)
 
 
 def write(

@@ -8,6 +8,7 @@ checkpoint that was committed, to say by name which file it refused, and to end 
 
     kill           SIGKILL of the driver and all that it started
     worker         SIGKILL of one Ray worker (runs with Ray only); it is started again
+    head           SIGKILL of the head's control service (runs with Ray only), with which the Ray cluster ends
     term           SIGTERM: a checkpoint of the step at hand, status 143
     outage         the endpoint's process is killed and comes back after a while
     error          the endpoint answers 500 or 503 a few times
@@ -120,6 +121,19 @@ class Harness:
         if workers:
             self.draw.choice(workers).kill()
         return False
+
+    def _head(self, process: subprocess.Popen[str]) -> bool:
+        family = psutil.Process(process.pid).children(recursive=True)
+        heads = [p for p in family if "gcs_server" in p.name()]
+        for head in heads:
+            head.kill()
+        if heads:
+            process.communicate(timeout=300)
+            # What Ray leaves behind when it ends like that must not write into the run.
+            for member in family:
+                if member.is_running():
+                    member.kill()
+        return bool(heads) and process.returncode != 0
 
     def _term(self, process: subprocess.Popen[str]) -> bool:
         os.kill(process.pid, signal.SIGTERM)
@@ -261,7 +275,7 @@ def harness(folder: Path, seed: int, injections: int, ray_share: float = 0.0) ->
         while len(state.log) < injections:
             left = injections - len(state.log)
             with_ray = draw.random() < ray_share
-            kinds = (*KINDS, "worker", "worker") if with_ray else KINDS
+            kinds = (*KINDS, "worker", "worker", "head", "head") if with_ray else KINDS
             chosen = [draw.choice(kinds) for _ in range(min(left, draw.randint(1, PER_RUN)))]
             state.run(chosen, *(("ray.backend=ray", "ray.num_workers=2") if with_ray else ()))
             runs += 1

@@ -12,7 +12,7 @@ import s3
 import yaml
 from conftest import small_recipe
 
-from hyperlora import packed, storage
+from hyperlora import packed, storage, tasks
 from hyperlora.adapters import load_tokenizer
 from hyperlora.config import Recipe, RecipeError, parse
 from hyperlora.storage import StorageError
@@ -137,6 +137,7 @@ def test_another_machine_gets_them_from_the_storage(
     assert set(storage.tree(f"{bucket}/rows/{rows}")) >= {"train.arrow", "eval.arrow", "rows.json"}
 
     there = elsewhere(monkeypatch, tmp_path)
+    original = tasks.survey
     monkeypatch.setattr("hyperlora.tasks.survey", None)  # the data itself is not read
     fetched = task(given, rows=rows)
     assert fetched.train[:] == built.train[:]
@@ -152,6 +153,14 @@ def test_another_machine_gets_them_from_the_storage(
     with pytest.raises(StorageError, match=r"train\.arrow: is damaged"):
         task(given, rows=rows)
     assert not (third / rows).exists()
+    # Whoever has the data builds them again, for all.
+    with monkeypatch.context() as context:
+        context.setattr("hyperlora.tasks.survey", original)
+        assert task(given, share=True).train[:] == built.train[:]
+    elsewhere(monkeypatch, tmp_path, "fourth")
+    assert task(given, rows=rows).train[:] == built.train[:]
+
+    elsewhere(monkeypatch, tmp_path, "fifth")
     storage.write(f"{bucket}/rows/{rows}/rows.json", b'{"files": {"../../x": {}}, "parts": {}, "labels": []}')
     with pytest.raises(StorageError, match=r"names '\.\./\.\./x', which is no file's name"):
         task(given, rows=rows)
