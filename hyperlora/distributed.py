@@ -191,6 +191,15 @@ def _check_resources(recipe: Recipe) -> None:
         raise RecipeError(problems)
 
 
+def share_rows(recipe: Recipe) -> str:
+    """Fingerprint of a recipe's tokenised rows, which lie below ``storage.uri`` afterwards.
+
+    Raises:
+        RecipeError: the rows cannot be read, or ``storage.uri`` cannot be written.
+    """
+    return build_task(recipe, load_tokenizer(recipe.model), share=True).packed.fingerprint
+
+
 def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> None:
     """Train a recipe on Ray Train workers; the outcome is ``result.json`` in the run's folder.
 
@@ -222,8 +231,7 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         queue, orders = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
         fs, root = storage.filesystem(info.uri)
         if info.rows is None:
-            rows = build_task(recipe, load_tokenizer(recipe.model), share=True).packed.fingerprint
-            info = replace(info, rows=rows)
+            info = replace(info, rows=share_rows(recipe))
         settings = recipe.ray
         trainer = TorchTrainer(
             loop,

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 # Before ray, for the settings that it makes.
-from hyperlora.distributed import cluster
+from hyperlora.distributed import cluster, share_rows
 
 # isort: split
 import ray
@@ -96,7 +96,8 @@ def run(
 
     Args:
         plan: asked again after every result, so that trials may depend on results.
-        recipe: whose ``ray`` section says which cluster to use, and the CPUs and GPUs of one trial.
+        recipe: whose ``ray`` section says which cluster to use, and the CPUs and GPUs of one trial; its data is that of
+            all trials.
         concurrency: trials at a time.
         started: told of every trial that starts.
         verbose: show the logs of Ray and of the workers.
@@ -109,6 +110,7 @@ def run(
     if all(trial.name in done for trial in plan(done)):
         return
     settings = recipe.ray.model_copy(update={"num_workers": concurrency})
+    rows = share_rows(recipe)
     with cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False):
         # Processes are kept for the next trial, on a GPU as well: importing everything costs seconds.
         task = ray.remote(
@@ -122,7 +124,7 @@ def run(
                 waiting = [trial for trial in plan(done) if trial.name not in names]
                 for trial in waiting[: concurrency - len(running)]:
                     runs.record(RunInfo(trial.uri), trial.recipe)
-                    running[task.remote(trial.recipe.model_dump(mode="json"), trial.uri)] = trial
+                    running[task.remote(trial.recipe.model_dump(mode="json"), trial.uri, rows)] = trial
                     started(trial)
                 # The next trials run while the caller looks at these.
                 yield from ended
@@ -189,14 +191,14 @@ def reason(error: BaseException) -> str:
 # ---------------------------------------------------------------- in the worker process
 
 
-def _train(content: dict[str, Any], uri: str) -> None:
+def _train(content: dict[str, Any], uri: str, rows: str) -> None:
     recipe = parse(content)
     torch.set_num_threads(max(1, int(recipe.ray.cpus_per_worker)))
     with only_process(uri):
         if runs.read(uri, RESULT) is not None or runs.read(uri, DIVERGED) is not None:
             return
         try:
-            training.train(recipe, RunInfo(uri), sink=PeakMemory(uri))
+            training.train(recipe, RunInfo(uri, rows=rows), sink=PeakMemory(uri))
         except NonFiniteError as error:
             write(uri, DIVERGED, {"reason": str(error)})
             raise

@@ -26,7 +26,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 # Before ray, for the settings that it makes.
-from hyperlora.distributed import cluster
+from hyperlora.distributed import cluster, share_rows
 from hyperlora.distributed import run as run_workers
 
 # isort: split
@@ -168,6 +168,10 @@ def run(
     if past >= search.count:
         return
     settings = recipe.ray
+    if not verbose:
+        # Tune's new output prints tables whatever its verbosity is.
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    rows = share_rows(recipe) if trainable is None else ""
     with cluster(recipe, verbose, dashboard=settings.most > 1):
         most = _capacity(recipe)
         at_once = max(1, min(most, search.concurrency or most))
@@ -182,7 +186,7 @@ def run(
             tune.Tuner(
                 tune.with_resources(trainable or _trainable, own if alone else DRIVER),
                 tune_config=tune.TuneConfig(
-                    search_alg=_Searcher(driver),
+                    search_alg=_Searcher(driver, rows),
                     scheduler=scheduler,
                     num_samples=search.count - past,
                     max_concurrent_trials=at_once,
@@ -306,16 +310,16 @@ class _Driver(tune.Callback):
 class _Searcher(Searcher):
     """Hands the driver's trials to Ray Tune, which needs their names and folders alone."""
 
-    def __init__(self, driver: _Driver) -> None:
+    def __init__(self, driver: _Driver, rows: str) -> None:
         super().__init__()
-        self._driver = driver
+        self._driver, self._rows = driver, rows
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> Any:
         trial = self._driver.next()
-        return Searcher.FINISHED if trial is None else {"name": trial.name, "uri": trial.uri}
+        return Searcher.FINISHED if trial is None else {"name": trial.name, "uri": trial.uri, "rows": self._rows}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The driver learns it as a callback, with the error."""
@@ -332,13 +336,15 @@ class _Searcher(Searcher):
 
 def _trainable(config: dict[str, Any]) -> None:
     # Travels by value, so that the library is imported in the process of the trial.
+    from hyperlora.training import RunInfo
     from hyperlora.tuning import train_trial
 
-    train_trial(config["uri"])
+    train_trial(RunInfo(config["uri"], rows=config["rows"]))
 
 
-def train_trial(uri: str) -> None:
+def train_trial(info: RunInfo) -> None:
     """Train the trial in a folder and report its held-out metrics to Ray Tune, the last after ``result.json``."""
+    uri = info.uri
     recipe = parse(runs.read(uri, "run.json")["recipe"])
     torch.set_num_threads(max(1, int(recipe.ray.cpus_per_worker)))
     with only_process(uri):
@@ -351,9 +357,9 @@ def train_trial(uri: str) -> None:
             sink = _Reports(uri, kept)
             try:
                 if recipe.ray.most == 1:
-                    training.train(recipe, RunInfo(uri), sink=training.Tee(sink, PeakMemory(uri)))
+                    training.train(recipe, info, sink=training.Tee(sink, PeakMemory(uri)))
                 else:
-                    _train_workers(recipe, uri, sink)
+                    _train_workers(recipe, info, sink)
             except NonFiniteError as error:
                 write(uri, DIVERGED, {"reason": str(error)})
                 raise
@@ -383,7 +389,7 @@ class _Reports(Silent):
             tune.report(report)
 
 
-def _train_workers(recipe: Recipe, uri: str, sink: _Reports) -> None:
+def _train_workers(recipe: Recipe, info: RunInfo, sink: _Reports) -> None:
     """Train on several Ray Train workers; their evaluations are reported from this thread, which Ray Tune may end."""
     events: queue.Queue[Callable[[], None]] = queue.Queue()
     failures: list[BaseException] = []
@@ -397,7 +403,7 @@ def _train_workers(recipe: Recipe, uri: str, sink: _Reports) -> None:
 
     def work() -> None:
         try:
-            run_workers(recipe, RunInfo(uri), Relay())
+            run_workers(recipe, info, Relay())
         except BaseException as error:
             failures.append(error)
 

@@ -22,9 +22,9 @@ from pipelines.cli import main
 STORE = "s3://bucket/runs"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Three nodes of one CPU each."""
+    """Three nodes of one CPU each; the last test kills two of them."""
     found = Cluster(1, 1, 1)
     try:
         yield found
@@ -85,6 +85,38 @@ def follow(url: str, job: str) -> dict[str, Any]:
     return {"exit": done.returncode, "shown": done.stdout + done.stderr}
 
 
+def test_more_than_the_cluster_can_give_is_refused_when_it_is_submitted(cluster: Cluster, tmp_path: Path) -> None:
+    path = write(tmp_path, "large", {"storage_uri": str(tmp_path), "num_workers": 4, "gpus_per_worker": 1})
+    words = ["submit", "train", str(path), "mlflow.enabled=false", "--address", cluster.url]
+    done = hyperlora(*words)
+    assert done.returncode == 2
+    message = " ".join(done.stderr.split())
+    assert "2 problems" in message
+    assert "4 workers need 4 CPUs, the cluster has 3" in message
+    assert "4 workers need 4 GPUs, the cluster has 0" in message
+    done = hyperlora(*words, "ray.num_workers=1", "ray.gpus_per_worker=0", "ray.cpus_per_worker=2")
+    assert "ray.cpus_per_worker: got 2.0; at most the 1 CPUs of the largest node" in " ".join(done.stderr.split())
+    listing = tmp_path / "jobs.json"
+    assert hyperlora("jobs", "--address", cluster.url, "--json", str(listing)).returncode == 0
+    assert json.loads(listing.read_text()) == []
+
+
+def test_two_jobs_share_the_cluster(cluster: Cluster, places: dict[str, Any], tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "two"):
+        path = write(tmp_path, name, places | {"num_workers": 1}, steps=40)
+        found.append(submit(cluster.url, tmp_path, "train", str(path), "--no-follow")["job_id"])
+    ends = [follow(cluster.url, job) for job in found]
+    assert [e["exit"] for e in ends] == [0, 0], ends
+    listing = tmp_path / "jobs.json"
+    assert hyperlora("jobs", "--address", cluster.url, "--json", str(listing)).returncode == 0
+    started = {j["job_id"]: j for j in json.loads(listing.read_text())}
+    first, second = (started[job] for job in found)
+    assert first["status"] == second["status"] == "SUCCEEDED"
+    losses = [outcome(STORE, name)[0]["losses"] for name in ("one", "two")]
+    assert losses[0] == losses[1]
+
+
 def test_a_node_dies_and_the_run_ends_with_the_same_adapter(
     cluster: Cluster, places: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -124,35 +156,3 @@ def test_a_node_dies_and_the_run_ends_with_the_same_adapter(
     assert elastic["workers"] == 1
     assert elastic["losses"] == pytest.approx(whole["losses"], abs=1e-4)
     assert elastic["modules"] == whole["modules"]
-
-
-def test_two_jobs_share_the_cluster(cluster: Cluster, places: dict[str, Any], tmp_path: Path) -> None:
-    found = []
-    for name in ("one", "two"):
-        path = write(tmp_path, name, places | {"num_workers": 1}, steps=40)
-        found.append(submit(cluster.url, tmp_path, "train", str(path), "--no-follow")["job_id"])
-    ends = [follow(cluster.url, job) for job in found]
-    assert [e["exit"] for e in ends] == [0, 0], ends
-    listing = tmp_path / "jobs.json"
-    assert hyperlora("jobs", "--address", cluster.url, "--json", str(listing)).returncode == 0
-    started = {j["job_id"]: j for j in json.loads(listing.read_text())}
-    first, second = (started[job] for job in found)
-    assert first["status"] == second["status"] == "SUCCEEDED"
-    losses = [outcome(STORE, name)[0]["losses"] for name in ("one", "two")]
-    assert losses[0] == losses[1]
-
-
-def test_more_than_the_cluster_can_give_is_refused_when_it_is_submitted(cluster: Cluster, tmp_path: Path) -> None:
-    path = write(tmp_path, "large", {"storage_uri": str(tmp_path), "num_workers": 4, "gpus_per_worker": 1})
-    words = ["submit", "train", str(path), "mlflow.enabled=false", "--address", cluster.url]
-    done = hyperlora(*words)
-    assert done.returncode == 2
-    message = " ".join(done.stderr.split())
-    assert "2 problems" in message
-    assert "4 workers need 4 CPUs, the cluster has 3" in message
-    assert "4 workers need 4 GPUs, the cluster has 0" in message
-    done = hyperlora(*words, "ray.num_workers=1", "ray.gpus_per_worker=0", "ray.cpus_per_worker=2")
-    assert "ray.cpus_per_worker: got 2.0; at most the 1 CPUs of the largest node" in " ".join(done.stderr.split())
-    listing = tmp_path / "jobs.json"
-    assert hyperlora("jobs", "--address", cluster.url, "--json", str(listing)).returncode == 0
-    assert json.loads(listing.read_text()) == []
