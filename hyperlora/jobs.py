@@ -45,6 +45,13 @@ STOP_SECONDS = 300
 RETRY, LOST = 2.0, 600.0
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
+#: Loggers of Ray that tell of uploads and connections whatever Ray's own level is.
+CHATTER = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -55,12 +62,14 @@ class Job:
         files: name in the working directory to the file here.
         env: names of environment variables whose values the job gets.
         install: whether the nodes install the dependencies, at the versions that are installed here.
+        more: words that are of interest to the cluster alone, and are not listed.
     """
 
     words: Sequence[str]
     files: Mapping[str, Path]
     env: Sequence[str] = ()
     install: bool = False
+    more: Sequence[str] = ()
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -74,6 +83,9 @@ def connect(address: str) -> JobSubmissionClient:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         allowed = "the URL of the cluster's dashboard, such as http://HOST:8265"
         raise RecipeError([Problem("--address", address, allowed)])
+    if logging.getLogger().level > logging.INFO:
+        for name in CHATTER:
+            logging.getLogger(name).setLevel(logging.WARNING)
     try:
         client = JobSubmissionClient(url)
         client.get_version()
@@ -157,7 +169,7 @@ def submit(client: JobSubmissionClient, job: Job, folder: Path) -> str:
     }
     if job.install:
         runtime["pip"] = pinned()
-    entry = shlex.join(["python", "-m", "pipelines.cli", *job.words])
+    entry = shlex.join(["python", "-m", "pipelines.cli", *job.words, *job.more])
     words = shlex.join(["hyperlora", *job.words])
     return str(client.submit_job(entrypoint=entry, runtime_env=runtime, metadata={"hyperlora": words}))
 

@@ -74,6 +74,7 @@ def _on_cluster(args: Namespace, console: Console) -> bool:
     client = jobs.connect(args.address)
     console.print(Text.assemble(("ok   ", "green"), ("Jobs API", "bold"), f": {args.address} answers"), soft_wrap=True)
     words, files = with_files(["doctor", args.recipe, *args.overrides, *changes], [args.recipe])
-    job = jobs.Job([*words, "--expect", json.dumps(versions())], files, [*args.env, *recipe.cluster.env])
+    env = [*args.env, *recipe.cluster.env]
+    job = jobs.Job(words, files, env, more=["--expect", json.dumps(versions())])
     job_id, _ = send(client, job, console)
     return follow(args.address, job_id, console) == JobStatus.SUCCEEDED

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from hyperlora import capacity, jobs
@@ -74,10 +73,8 @@ def _job(args: Namespace, inner: Namespace) -> tuple[Recipe, jobs.Job, str]:
     if problems or there is None or address is None:
         raise RecipeError(problems)
     words, files = with_files(args.words, [getattr(inner, name, None) for name in FILES])
-    words += [*changes, "ray.address=auto"]
-    if inner.command == "train":
-        words.append("ray.backend=ray")
-    return recipe, jobs.Job(words, files, env, args.install), address
+    there_only = ["ray.address=auto", *(["ray.backend=ray"] if inner.command == "train" else [])]
+    return recipe, jobs.Job([*words, *changes], files, env, args.install, there_only), address
 
 
 def on_cluster(name: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
@@ -181,15 +178,13 @@ def listing(args: Namespace, console: Console) -> int:
         }
         for j in found
     ]
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for column in ("job", "status", "started", "minutes"):
-        table.add_column(column, no_wrap=True)  # an id in two lines cannot be copied
-    table.add_column("command", overflow="fold", min_width=16)
     for r in rows:
-        minutes = "" if r["seconds"] is None else f"{float(r['seconds']) / 60:.1f}"
+        minutes = "" if r["seconds"] is None else f"{float(r['seconds']) / 60:.1f} min"
         started = str(r["started"] or "")[:16].replace("T", " ")
-        table.add_row(*(Text(str(x)) for x in (r["job_id"], r["status"], started, minutes, r["command"])))
-    console.print(table)
+        heading = Text.assemble((str(r["job_id"]), "bold"), f"  {r['status']}  {started}  {minutes}")
+        # One line each, however long: what is cut or broken cannot be copied.
+        console.print(heading, soft_wrap=True)
+        console.print(Text(f"    {r['command']}", "dim"), soft_wrap=True)
     write_json(args.json, rows)
     return 0
 
