@@ -46,6 +46,7 @@ import s3
 from conftest import small_recipe
 
 from hyperlora import checkpoint, storage
+from hyperlora.storage import patiently
 
 STORE = "s3://faults/runs"
 KINDS = ("kill", "term", "outage", "error", "slow", "half", "truncated", "flipped", "second")
@@ -78,7 +79,8 @@ class Harness:
 
     def folder(self) -> str | None:
         """The run's folder, once it is there."""
-        found = storage.glob(STORE, "*/run.json")
+        # This process's own connections meet the faults as well.
+        found = patiently(storage.glob, STORE, "*/run.json")
         assert len(found) <= 1, f"one command, several runs: {found}"
         return f"{STORE}/{found[0].removesuffix('/run.json')}" if found else None
 
@@ -90,14 +92,14 @@ class Harness:
         assert process.returncode == 0, message
         self.seconds = time.monotonic() - began
         self.expected, self.losses = self.outcome()
-        storage.remove_tree(STORE)
+        patiently(storage.remove_tree, STORE)
 
     def outcome(self) -> tuple[dict[str, bytes], list[float]]:
         folder = self.folder()
         assert folder is not None
-        result = json.loads(storage.read(f"{folder}/result.json"))
+        result = json.loads(patiently(storage.read, f"{folder}/result.json"))
         names = ("adapter_model.safetensors", "adapter_config.json")
-        return {n: storage.read(f"{folder}/adapter/{n}") for n in names}, result["losses"]
+        return {n: patiently(storage.read, f"{folder}/adapter/{n}") for n in names}, result["losses"]
 
     # ------------------------------------------------------------ faults
 
@@ -180,7 +182,7 @@ class Harness:
         # With a single checkpoint the run is rightly refused: there is nothing to fall back to.
         if len(good) > 1:
             file = f"{good[-1]}/{self.draw.choice(('state.safetensors', 'trainer.json', 'adapter_model.safetensors'))}"
-            storage.write(file, change(storage.read(file)))
+            patiently(storage.write, file, change(patiently(storage.read, file)))
             self.damaged = file
         return True
 
@@ -224,6 +226,7 @@ class Harness:
                 assert "the store does not answer" in message or "could not be stored" in message or waiting, message
             resume = ("--resume",) if self.folder() is not None else ()
             self._check_refusal(newest)
+        self.proxy.faults()
         adapter, losses = self.outcome()
         assert losses == self.losses or options, "the same losses"
         assert adapter == self.expected or options, "the same adapter, to the byte"
@@ -231,7 +234,7 @@ class Harness:
             assert len(losses) == len(self.losses)
             assert max(abs(a - b) for a, b in zip(losses, self.losses, strict=True)) < 1e-6
         self._check_warning()
-        storage.remove_tree(STORE)
+        patiently(storage.remove_tree, STORE)
 
     def _newest(self) -> int:
         folder = self.folder()
@@ -245,7 +248,7 @@ class Harness:
         """A damaged file was refused by its name."""
         if self.damaged is None:
             return
-        result = json.loads(storage.read(f"{self.folder()}/result.json"))
+        result = json.loads(patiently(storage.read, f"{self.folder()}/result.json"))
         told = " ".join(w["message"] for w in result["warnings"])
         assert self.damaged in told, (self.damaged, told)
         self.damaged = None
