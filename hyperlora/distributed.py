@@ -28,13 +28,13 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hyperlora import capacity, storage, training
+from hyperlora import capacity, packed, storage, training
 from hyperlora.adapters import load_tokenizer
 from hyperlora.capacity import Node
 from hyperlora.config import Problem, Recipe, RecipeError, parse
 from hyperlora.stopping import Notice
 from hyperlora.storage import StorageError, patiently
-from hyperlora.tasks import build_task
+from hyperlora.tasks import build_task, shared_rows
 from hyperlora.training import NonFiniteError, NotStoredError, RunInfo, Sink, StoppedError, Tee, World
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,13 @@ def share_rows(recipe: Recipe) -> str:
     Raises:
         RecipeError: the rows cannot be read, or ``storage.uri`` cannot be written.
     """
-    return build_task(recipe, load_tokenizer(recipe.model), share=True).packed.fingerprint
+    rows = build_task(recipe, load_tokenizer(recipe.model)).packed
+    try:
+        packed.share(rows, shared_rows(recipe))
+    except StorageError as error:
+        allowed = f"a writable folder or URI ({error})"
+        raise RecipeError([Problem("storage.uri", recipe.storage.uri, allowed)]) from error
+    return rows.fingerprint
 
 
 def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> None:

@@ -79,39 +79,38 @@ def cache() -> Path:
     return Path(os.environ.get("HYPERLORA_CACHE") or f"{home}/hyperlora").expanduser().absolute() / "rows"
 
 
-def obtain(
-    fingerprint: str,
-    build: Callable[[Path], None],
-    shared: str | None = None,
-) -> Packed:
+def obtain(fingerprint: str, build: Callable[[Path], None], shared: str | None = None) -> Packed:
     """Packed rows from this machine's cache, from where they are shared, or built; by one process at a time.
 
     Args:
         fingerprint: of everything that decides what is in them.
         build: writes them into a folder.
-        shared: folder or URI where they are to lie afterwards, below which a claim keeps others from building as well.
+        shared: folder or URI where somebody may have put them; nothing is written there.
 
     Raises:
         RecipeError: there is no room for them here.
-        StorageError: ``shared`` does not answer.
     """
     folder = cache() / fingerprint
-    store = None if shared is None else f"{shared}/{fingerprint}"
     with _alone(folder):
-        while True:
-            if store is None or _manifest(store) is not None:
-                if not _complete(folder):
-                    _fetch_or_build(folder, build, store)
-                return _open(folder)
-            try:
-                with Lease(store):
-                    if _manifest(store) is not None:
-                        continue
-                    if not _complete(folder):
-                        _build(folder, build)
-                    _publish(folder, store)
-            except OwnedElsewhereError:
-                time.sleep(1)
+        if not _complete(folder):
+            _fetch_or_build(folder, build, None if shared is None else f"{shared}/{fingerprint}")
+        return _open(folder)
+
+
+def share(rows: Packed, shared: str) -> None:
+    """Put packed rows where other machines find them; one process does it, the others wait.
+
+    Raises:
+        StorageError: ``shared`` cannot be written.
+    """
+    store = f"{shared}/{rows.fingerprint}"
+    while _manifest(store) != rows.content:
+        try:
+            with Lease(store):
+                if _manifest(store) != rows.content:
+                    _publish(rows.folder, store)
+        except OwnedElsewhereError:
+            time.sleep(1)
 
 
 def fetch(fingerprint: str, shared: str) -> Packed:
@@ -187,14 +186,12 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
 
 def _fetch_or_build(folder: Path, build: Callable[[Path], None], store: str | None) -> None:
     try:
-        if store is not None:
+        if store is not None and _manifest(store) is not None:
             _fetch(store, folder)
             return
     except StorageError as error:
-        logger.warning("tokenised rows are built again: %s", error)
+        logger.warning("rows are tokenised here: %s", error)
     _build(folder, build)
-    if store is not None:
-        _publish(folder, store)
 
 
 def write(
@@ -262,7 +259,7 @@ def _manifest(store: str) -> dict[str, Any] | None:
         return dict(json.loads(patiently(storage.read, f"{store}/{MANIFEST}")))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise StorageError(f"{uris.redacted(store)}/{MANIFEST}", f"is damaged: {error}", False) from error
 
 

@@ -41,14 +41,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run; bytes are for each worker, and ``rows`` is the fingerprint of the tokenised rows.
+    """Of one run; bytes are for each worker.
 
     ``activation_bytes`` follows Korthikanti et al. (arXiv 2205.05198, table 2, without the attention matrix, which
     fused kernels do not keep): 34 bytes per token, hidden unit and layer in 16 bits, twice that in 32; with
     recomputation the inputs of the layers and one layer's activations. Logits and their float32 gradient come on top.
     """
 
-    rows: str
     train_rows: int
     held_out_rows: int
     steps: int
@@ -138,15 +137,12 @@ def _sizes(recipe: Recipe, model: PeftModel, steps: int, source: Source | None =
     return sizes, optimizer.plan.initial, optimizer.plan.target
 
 
-def inspect(
-    recipe: Recipe, *, resume: bool = False, share: bool = False, say: Callable[[str], None] = lambda text: None
-) -> Estimate:
+def inspect(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = lambda text: None) -> Estimate:
     """Validate a recipe against its data and its model, and estimate the run.
 
     Args:
         recipe: parsed.
         resume: the run has its hypernetworks, and their source is not looked at.
-        share: put the tokenised rows below ``storage.uri``, where workers look for them.
         say: is told what is being done.
 
     Raises:
@@ -165,7 +161,7 @@ def inspect(
         except RecipeError as error:
             problems += error.problems
         raise RecipeError(problems)
-    task = build_task(recipe, load_tokenizer(recipe.model), share=share, say=say)
+    task = build_task(recipe, load_tokenizer(recipe.model), say=say)
     rows, batch = len(task.train), recipe.training.batch_size
     if rows < batch:
         raise RecipeError([Problem("training.batch_size", batch, f"at most the {rows} training rows")])
@@ -183,7 +179,6 @@ def inspect(
     pruning = recipe.resolved_pruning(steps)
     layers, hidden = _shape(model)
     return Estimate(
-        rows=task.packed.fingerprint,
         train_rows=rows,
         held_out_rows=len(task.held_out),
         steps=steps,

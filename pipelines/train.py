@@ -29,9 +29,8 @@ def main(args: Namespace, console: Console) -> int:
     named = load_recipe(args.recipe, args.overrides)
     # Workers have their own working directory: paths mean the same from there.
     recipe = named.with_absolute_paths()
-    share = recipe.ray.backend == "ray" and not args.dry_run
     with console.status("checking recipe, data and model") as status:
-        estimate = inspect(recipe, resume=args.resume, share=share, say=status.update)
+        estimate = inspect(recipe, resume=args.resume, say=status.update)
     if args.dry_run:
         console.print(screens.estimate(recipe, estimate))
         write_json(args.json, {"recipe": recipe.model_dump(mode="json"), "estimate": estimate.to_json()})
@@ -66,7 +65,7 @@ def _train(
     )
     sink = ProgressSink(console, estimate.steps)
     try:
-        _run(recipe, info, estimate, sink, args.verbose)
+        _run(recipe, info, sink, args.verbose)
         outcome = runs.result(info.uri)
         assert outcome is not None, f"the run in {info.uri} ended without result.json"
         if info.mlflow_run_id is not None:
@@ -108,11 +107,11 @@ def _open_run(recipe: Recipe, info: RunInfo, estimate: Estimate, resume: bool) -
     return info
 
 
-def _run(recipe: Recipe, info: RunInfo, estimate: Estimate, sink: ProgressSink, verbose: bool) -> None:
+def _run(recipe: Recipe, info: RunInfo, sink: ProgressSink, verbose: bool) -> None:
     if recipe.ray.backend == "ray":
         from hyperlora import distributed
 
-        distributed.run(recipe, replace(info, rows=estimate.rows), sink, verbose=verbose)
+        distributed.run(recipe, info, sink, verbose=verbose)
         return
     tracked = (
         [] if info.mlflow_run_id is None else [tracking.MLflowSink(recipe.mlflow.tracking_uri, info.mlflow_run_id)]

@@ -14,9 +14,8 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from hyperlora import storage
-from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.config import Recipe
 from hyperlora.packed import fetch, obtain, write
-from hyperlora.storage import StorageError
 from hyperlora.tasks.base import Task
 from hyperlora.tasks.classification import Classification, label_names
 from hyperlora.tasks.data import PARTS, Part, Parts, Row, read_rows, survey
@@ -34,12 +33,16 @@ FAMILIES: dict[str, type[Classification] | type[Generation] | type[LanguageModel
 CODE = ("base", "classification", "generation", "language_modeling")
 
 
+def shared_rows(recipe: Recipe) -> str:
+    """Where a recipe's tokenised rows lie for workers on other machines."""
+    return f"{storage.absolute(recipe.storage.uri)}/rows"
+
+
 def build_task(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     *,
     rows: str | None = None,
-    share: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Task:
     """A recipe's task with its tokenised rows, which are taken from the cache or built.
@@ -48,16 +51,14 @@ def build_task(
         recipe: a valid recipe.
         tokenizer: of its model.
         rows: fingerprint of rows that another process has shared; the recipe's own files are then not read.
-        share: put them below ``storage.uri`` for workers on other machines.
         say: is told what is being done.
 
     Raises:
-        RecipeError: a file is missing, unreadable or empty, a row lacks a column or has an unknown label, or
-            ``storage.uri`` cannot be written.
+        RecipeError: a file is missing, unreadable or empty, or a row lacks a column or has an unknown label.
         StorageError: the shared rows cannot be read.
     """
     family = FAMILIES[recipe.task.kind]
-    shared = f"{storage.absolute(recipe.storage.uri)}/rows"
+    shared = shared_rows(recipe)
     if rows is not None:
         packed = fetch(rows, shared)
         task = family(recipe, tokenizer, packed.labels)
@@ -70,11 +71,7 @@ def build_task(
             parts: dict[str, Iterator[Row]] = {part: read_rows(recipe.data, recipe.task.kind, part) for part in PARTS}
             write(folder, parts, family.columns, task.encode, labels, say)
 
-        try:
-            packed = obtain(_fingerprint(recipe, tokenizer, found, labels), build, shared if share else None)
-        except StorageError as error:
-            allowed = f"a writable folder or URI ({error})"
-            raise RecipeError([Problem("storage.uri", recipe.storage.uri, allowed)]) from error
+        packed = obtain(_fingerprint(recipe, tokenizer, found, labels), build, shared)
     task.packed, task.train, task.held_out = packed, packed.rows("train"), packed.rows("eval")
     return task
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import s3
 import yaml
 from conftest import small_recipe
 
-from hyperlora import packed, storage, tasks
+from hyperlora import storage, tasks
 from hyperlora.adapters import load_tokenizer
 from hyperlora.config import Recipe, RecipeError, parse
+from hyperlora.distributed import share_rows
 from hyperlora.storage import StorageError
 from hyperlora.tasks import Task, build_task
 from pipelines.cli import main
@@ -132,8 +134,9 @@ def test_another_machine_gets_them_from_the_storage(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = recipe(tmp_path, storage={"uri": bucket}, **CLASSES)
-    built = task(given, share=True)
-    rows = built.packed.fingerprint
+    built = task(given)
+    rows = share_rows(given)
+    assert rows == built.packed.fingerprint
     assert set(storage.tree(f"{bucket}/rows/{rows}")) >= {"train.arrow", "eval.arrow", "rows.json"}
 
     there = elsewhere(monkeypatch, tmp_path)
@@ -153,12 +156,10 @@ def test_another_machine_gets_them_from_the_storage(
     with pytest.raises(StorageError, match=r"train\.arrow: is damaged"):
         task(given, rows=rows)
     assert not (third / rows).exists()
-    # Whoever has the data builds them again, for all.
+    # Whoever has the data builds them again.
     with monkeypatch.context() as context:
         context.setattr("hyperlora.tasks.survey", original)
-        assert task(given, share=True).train[:] == built.train[:]
-    elsewhere(monkeypatch, tmp_path, "fourth")
-    assert task(given, rows=rows).train[:] == built.train[:]
+        assert task(given).train[:] == built.train[:]
 
     elsewhere(monkeypatch, tmp_path, "fifth")
     storage.write(f"{bucket}/rows/{rows}/rows.json", b'{"files": {"../../x": {}}, "parts": {}, "labels": []}')
@@ -166,35 +167,25 @@ def test_another_machine_gets_them_from_the_storage(
         task(given, rows=rows)
 
 
-def test_jobs_that_start_together_build_once(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with a cache of its own, as on machines of their own."""
-    given = recipe(tmp_path, storage={"uri": bucket})
-    built: list[str] = []
-    started = threading.Barrier(3)
-    original = task(given).packed  # what building gives
+def test_jobs_that_start_together_build_and_share_once(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, counts = recipe(tmp_path, storage={"uri": bucket}), {"write": 0, "upload": 0}
 
-    def job(name: str) -> None:
-        def build(folder: Path) -> None:
-            built.append(name)
-            for file in original.folder.iterdir():
-                (folder / file.name).write_bytes(file.read_bytes())
+    def counted(name: str, call: Any) -> Any:
+        def counting(*arguments: Any) -> Any:
+            counts[name] += 1
+            time.sleep(0.5)  # so that the others come meanwhile
+            return call(*arguments)
 
-        started.wait()
-        found = packed.obtain(original.fingerprint, build, f"{bucket}/rows")
-        assert found.folder.parent == caches[name]
-        assert len(found.rows("train")) == 64
+        return counting
 
-    caches = {name: tmp_path / name for name in ("one", "two", "three")}
-    failed: list[BaseException] = []
-    monkeypatch.setattr(packed, "cache", lambda: caches[threading.current_thread().name])
-    monkeypatch.setattr(threading, "excepthook", lambda given: failed.append(given.exc_value))
-    threads = [threading.Thread(target=job, args=(name,), name=name) for name in caches]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not failed
-    assert len(built) == 1
+    monkeypatch.setattr(tasks, "write", counted("write", tasks.write))
+    monkeypatch.setattr(storage, "upload", counted("upload", storage.upload))
+    with ThreadPoolExecutor(3) as jobs:
+        fingerprints = set(jobs.map(share_rows, 3 * [given]))
+    assert len(fingerprints) == 1
+    assert counts == {"write": 1, "upload": 2}, "two parts, once"
 
 
 def test_training_under_ray_leaves_them_below_the_storage(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
