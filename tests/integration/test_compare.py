@@ -136,7 +136,7 @@ def test_killed_and_taken_up_again(whole: tuple[list[str], Path, dict[str, Any]]
     arguments = [sys.executable, "-m", "pipelines.cli", *command, "--out", str(out)]
     process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 500
         while not (len(finished(out)) > 2 and interrupted(out) and (out / "comparison.json").exists()):
             assert process.poll() is None
             assert time.monotonic() < deadline, "not halfway in minutes"
