@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from hyperlora.adapters import resolve_path
 from hyperlora.config import Problem, Recipe, RecipeError
 from hyperlora.runs import FREE
-from hyperlora.tasks.data import read_rows, survey
+from hyperlora.tasks.data import survey
 from hyperlora.tracking import flatten
 
 
@@ -37,12 +37,8 @@ def evaluation_fingerprint(recipe: Recipe) -> str:
     Raises:
         RecipeError: rows or weights cannot be read.
     """
-    held_out = hashlib.sha256()
-    for row in read_rows(recipe.data, recipe.task.kind, "eval"):
-        held_out.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return _hash(
-        [recipe.task.model_dump(mode="json"), recipe.data.template, held_out.hexdigest(), base_model(recipe)["sha256"]]
-    )
+    held_out = survey(recipe.data, recipe.task.kind, ("eval",))["eval"].sha256
+    return _hash([recipe.task.model_dump(mode="json"), recipe.data.template, held_out, base_model(recipe)["sha256"]])
 
 
 def base_model(recipe: Recipe) -> dict[str, Any]:

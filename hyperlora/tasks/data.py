@@ -6,7 +6,7 @@ import codecs
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, get_args
@@ -43,14 +43,14 @@ Parts = Literal["train", "eval"]
 PARTS: tuple[Parts, ...] = get_args(Parts)
 
 
-def survey(data: DataConfig, kind: str) -> dict[Parts, Part]:
-    """Read every row once, and keep none.
+def survey(data: DataConfig, kind: str, parts: Sequence[Parts] = PARTS) -> dict[Parts, Part]:
+    """Read every row of these parts once, and keep none.
 
     Raises:
         RecipeError: naming the file and line, what was found and what is allowed; problems of both parts at once.
     """
     problems: list[Problem] = []
-    found = {part: Part() for part in PARTS}
+    found = {part: Part() for part in parts}
     for part, content in found.items():
         digest = hashlib.sha256()
         try:
