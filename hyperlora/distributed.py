@@ -191,19 +191,24 @@ def _check_resources(recipe: Recipe) -> None:
         raise RecipeError(problems)
 
 
-def share_rows(recipe: Recipe) -> str:
+def share_rows(recipe: Recipe, rows: str | None = None) -> str:
     """Fingerprint of a recipe's tokenised rows, which lie below ``storage.uri`` afterwards.
+
+    Args:
+        recipe: a valid recipe.
+        rows: their fingerprint, where they are ready; the data is then not read again.
 
     Raises:
         RecipeError: the rows cannot be read, or ``storage.uri`` cannot be written.
     """
-    rows = build_task(recipe, load_tokenizer(recipe.model)).packed
+    shared = shared_rows(recipe)
     try:
-        packed.share(rows, shared_rows(recipe))
+        ready = build_task(recipe, load_tokenizer(recipe.model)).packed if rows is None else packed.fetch(rows, shared)
+        packed.share(ready, shared)
     except StorageError as error:
         allowed = f"a writable folder or URI ({error})"
         raise RecipeError([Problem("storage.uri", recipe.storage.uri, allowed)]) from error
-    return rows.fingerprint
+    return ready.fingerprint
 
 
 def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> None:
@@ -236,8 +241,7 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         queue, orders = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
         fs, root = storage.filesystem(info.uri)
-        if info.rows is None:
-            info = replace(info, rows=share_rows(recipe))
+        info = replace(info, rows=share_rows(recipe, info.rows))
         settings = recipe.ray
         trainer = TorchTrainer(
             loop,

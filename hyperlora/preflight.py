@@ -41,13 +41,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run; bytes are for each worker.
+    """Of one run; bytes are for each worker, and ``rows`` is the fingerprint of the tokenised rows.
 
     ``activation_bytes`` follows Korthikanti et al. (arXiv 2205.05198, table 2, without the attention matrix, which
     fused kernels do not keep): 34 bytes per token, hidden unit and layer in 16 bits, twice that in 32; with
     recomputation the inputs of the layers and one layer's activations. Logits and their float32 gradient come on top.
     """
 
+    rows: str
     train_rows: int
     held_out_rows: int
     steps: int
@@ -179,6 +180,7 @@ def inspect(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] 
     pruning = recipe.resolved_pruning(steps)
     layers, hidden = _shape(model)
     return Estimate(
+        rows=task.packed.fingerprint,
         train_rows=rows,
         held_out_rows=len(task.held_out),
         steps=steps,

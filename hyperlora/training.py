@@ -164,7 +164,8 @@ class RunInfo:
         uri: its folder, without a slash at the end.
         mlflow_run_id: its MLflow run.
         owner: the claim under which its folder is written, see ownership.py.
-        rows: fingerprint of the tokenised rows that lie below ``storage.uri``; None: this process reads the data.
+        rows: fingerprint of the tokenised rows, in this machine's cache or below ``storage.uri``; None: this process
+            reads the data.
     """
 
     uri: str

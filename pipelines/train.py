@@ -59,7 +59,7 @@ def _train(
     started: float,
 ) -> int:
     """Train in a run's folder, and show what came of it."""
-    info = _open_run(recipe, claimed, estimate, args.resume)
+    info = replace(_open_run(recipe, claimed, estimate, args.resume), rows=estimate.rows)
     console.print(
         f"[bold]{recipe.name}[/] ({recipe.method}) in {screens.local(info.uri)}", highlight=False, soft_wrap=True
     )
