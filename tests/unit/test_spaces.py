@@ -48,6 +48,7 @@ def estimate(modules: int = MODULES) -> Estimate:
         pruning={},
         sizes=sizes,
         adalora=sizes,
+        rows="",
     )
 
 
