@@ -15,16 +15,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +26,7 @@ from benchmarks.common import provenance, write_json
 from hyperlora import storage
 from hyperlora.training import RunInfo, Silent, train
 from pipelines.common import load_recipe
+from tests import s3
 
 EVERY = 30.0  # seconds between checkpoints that the shares are given for
 
@@ -57,33 +52,6 @@ class Record(Silent):
 
     def warning(self, monitor: str, step: int, message: str) -> None:
         self.warnings.append(f"{monitor}: {message}")
-
-
-@contextmanager
-def moto() -> Iterator[str]:
-    """URL of an S3 endpoint that lives as long as the block."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    program = Path(sys.executable).with_name("moto_server")
-    server = subprocess.Popen([program, "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(url, timeout=5).close()
-            except urllib.error.HTTPError:
-                break
-            except OSError:
-                if server.poll() is not None:
-                    raise RuntimeError(f"{program} ended with status {server.returncode}") from None
-                time.sleep(0.1)
-            else:
-                break
-        yield url
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def measure(recipe_name: str, overrides: list[str], bucket: str) -> dict[str, Any]:
@@ -125,11 +93,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result")
     args = parser.parse_args()
     overrides = ["training.checkpoint_every=8", "training.eval_before=false", *args.overrides]
-    with moto() if args.endpoint is None else nullcontext(args.endpoint) as url, tempfile.TemporaryDirectory() as state:
+    with ExitStack() as stack:
+        url = args.endpoint
+        if url is None:
+            url = stack.enter_context(s3.running(s3.moto())).url
+            for name, value in s3.ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+        state = stack.enter_context(tempfile.TemporaryDirectory())
         os.environ.update({"AWS_ENDPOINT_URL": url, "XDG_STATE_HOME": state})
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            os.environ.setdefault(name, "checkpoint-stall")
-        os.environ.setdefault("AWS_DEFAULT_REGION", "us-east-1")
         fs, _ = storage.filesystem(f"s3://{args.bucket}")
         if not fs.exists(args.bucket):
             fs.mkdir(args.bucket)

@@ -1,9 +1,9 @@
 """What early stopping saves, and what a trial costs beyond its training.
 
 The same points, drawn at random under one seed, are searched twice: every trial to its end, and with ASHA. Reported are
-the steps of the second over those of the first, the best metric of both, and the seconds that a trial needs beyond its
-steps and evaluations (start of a trial's folder to its result; those that a fresh process served are left out, because
-processes are kept).
+the steps of the second over those of the first, the best metric of both with the recipe's own metric at that point, and
+the seconds that a trial needs beyond its steps and evaluations (start of a trial's folder to its result; those that a
+fresh process served are left out, because processes are kept).
 
     python -m benchmarks.early_stopping --json benchmarks/results/early_stopping.json
 """
@@ -43,6 +43,12 @@ def overheads(folder: Path, fresh: int) -> list[float]:
     return found
 
 
+def own_metric(best: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The metric of the recipe itself that the best trial ended with."""
+    result = json.loads((folder / "trials" / best["trial"] / "result.json").read_text(encoding="utf-8"))
+    return {"name": result["metric"], "value": result["metric_after"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="quickstart")
@@ -57,21 +63,25 @@ def main() -> None:
     folder = arguments.folder.absolute()
     whole = search(arguments, "none", folder / "whole")
     stopped = search(arguments, "held_out_loss", folder / "asha")
-    points = [{json.dumps(t["values"], sort_keys=True) for t in result["measured"]} for result in (whole, stopped)]
+    searches = {"whole": whole, "asha": stopped}
+    points = [{json.dumps(t["values"], sort_keys=True) for t in result["measured"]} for result in searches.values()]
     beyond = overheads(folder / "whole", arguments.concurrency)
     result = {
         "command": "python -m benchmarks.early_stopping " + " ".join(sys.argv[1:]),
         "trials": arguments.trials,
         "same_points": points[0] == points[1],
         "steps_ratio": stopped["steps_spent"] / whole["steps_spent"],
-        "best": {"whole": whole["best"], "asha": stopped["best"]},
+        "best": {name: found["best"] for name, found in searches.items()},
+        "metric_of_best": {name: own_metric(found["best"], folder / name) for name, found in searches.items()},
         "same_best": whole["best"]["values"] == stopped["best"]["values"],
         "seconds_beyond_training": {"median": statistics.median(beyond), "largest": max(beyond), "trials": len(beyond)},
-        "counts": {"whole": whole["counts"], "asha": stopped["counts"]},
+        "counts": {name: found["counts"] for name, found in searches.items()},
         "provenance": provenance(),
     }
     print(f"steps with ASHA / without: {result['steps_ratio']:.2f}; the same points: {result['same_points']}")
     print(f"best {arguments.metric}: {whole['best']['metric']:.5g} without, {stopped['best']['metric']:.5g} with ASHA")
+    for name, own in result["metric_of_best"].items():
+        print(f"{own['name']} of the best, {name}: {own['value']:.4f}")
     print(f"seconds of a trial beyond its training: median {statistics.median(beyond):.2f}, at most {max(beyond):.2f}")
     if arguments.json:
         write_json(arguments.json, result)

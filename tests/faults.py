@@ -17,6 +17,7 @@ checkpoint that was committed, to say by name which file it refused, and to end 
     truncated      killed, and the newest checkpoint loses the end of a file
     flipped        killed, and a bit of the newest checkpoint changes
     second         another driver is told to go on with the run while the first is at work
+    disk           a run of its own on a small local disk, which runs full for a while (where a user may mount)
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "integration"))
 
 import s3
+import small_disk
 from conftest import small_recipe
 
 from hyperlora import checkpoint, storage
@@ -52,6 +54,8 @@ STORE = "s3://faults/runs"
 KINDS = ("kill", "term", "outage", "error", "slow", "half", "truncated", "flipped", "second")
 #: Faults of one run at most; then it may end.
 PER_RUN = 4
+#: Of all runs.
+DISK_SHARE = 0.1
 
 
 @dataclass
@@ -236,6 +240,24 @@ class Harness:
         self._check_warning()
         patiently(storage.remove_tree, STORE)
 
+    def run_on_a_full_disk(self) -> None:
+        """One run on a small disk that runs full at a random moment after the run's first file."""
+        after, until = self.draw.uniform(0, 0.5 * self.seconds), self.draw.uniform(1, 6)
+        with tempfile.TemporaryDirectory() as folder:
+            done = small_disk.train(
+                self.recipe, Path(folder), room=self.draw.randint(0, 300_000), after=after, until=str(until)
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            (run,) = Path(folder, "out").glob("*-*")
+            assert json.loads((run / "result.json").read_text())["losses"] == self.losses, "the same losses"
+            for name, expected in self.expected.items():
+                assert (run / "adapter" / name).read_bytes() == expected, "the same adapter, to the byte"
+            for uri in checkpoint.committed(str(run)):
+                checkpoint.load(uri)
+        # Full between two checkpoints, it has met nothing.
+        if "No space left on device" in done.stdout:
+            self.log.append({"kind": "disk", "after_seconds": after, "full_seconds": until})
+
     def _newest(self) -> int:
         folder = self.folder()
         good = checkpoint.committed(folder) if folder is not None else []
@@ -278,11 +300,15 @@ def harness(folder: Path, seed: int, injections: int, ray_share: float = 0.0) ->
         state.reference()
         while len(state.log) < injections:
             left = injections - len(state.log)
+            runs += 1
+            if draw.random() < DISK_SHARE and small_disk.mounts():
+                state.run_on_a_full_disk()
+                print(f"{len(state.log)}/{injections} faults in {runs} runs: disk", flush=True)
+                continue
             with_ray = draw.random() < ray_share
             kinds = (*KINDS, "worker", "worker", "head", "head") if with_ray else KINDS
             chosen = [draw.choice(kinds) for _ in range(min(left, draw.randint(1, PER_RUN)))]
             state.run(chosen, *(("ray.backend=ray", "ray.num_workers=2") if with_ray else ()))
-            runs += 1
             print(f"{len(state.log)}/{injections} faults in {runs} runs: {' '.join(chosen)}", flush=True)
     counts = Counter(entry["kind"] for entry in state.log)
     return {"seed": seed, "injections": len(state.log), "runs": runs, "kinds": dict(counts), "log": state.log}

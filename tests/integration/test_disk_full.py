@@ -3,58 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from small_disk import mounts, train
 
 from hyperlora import checkpoint
 from pipelines.cli import main
 
 ROOM = 150_000  # bytes: a run's small files, no checkpoint
 TRAIN = ["training.steps=60", "training.checkpoint_every=5", "storage.final_retry_seconds=1"]
-
-#: Runs in a mount namespace of its own: mount a file system, fill it, train, and make room after the first warning.
-PROGRAM = """
-import os, pathlib, shutil, subprocess, sys
-disk, out, room, make_room, *command = sys.argv[1:]
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", disk], check=True)
-filler = pathlib.Path(disk, "filler")
-filler.write_bytes(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - int(room)))
-training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-for line in training.stdout:
-    print(line, end="")
-    if "was not written" in line and make_room == "yes":
-        filler.unlink(missing_ok=True)
-shutil.copytree(pathlib.Path(disk, "runs"), out)
-sys.exit(training.wait())
-"""
-
-UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
-
-
-def mounts() -> bool:
-    return shutil.which("unshare") is not None and not subprocess.run([*UNSHARE, "true"], check=False).returncode
-
-
-def train(recipe: Path, folder: Path, make_room: str) -> subprocess.CompletedProcess[str]:
-    (folder / "disk").mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "pipelines.cli",
-        "train",
-        str(recipe),
-        *TRAIN,
-        f"storage.uri={folder / 'disk/runs'}",
-    ]
-    words = [sys.executable, "-c", PROGRAM, str(folder / "disk"), str(folder / "out"), str(ROOM), make_room, *command]
-    environment = os.environ | {"XDG_STATE_HOME": str(folder / "state"), "COLUMNS": "1000"}
-    return subprocess.run([*UNSHARE, *words], env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def expected(recipe: Path) -> tuple[list[float], dict]:
@@ -70,7 +29,7 @@ def same(one: dict, two: dict) -> bool:
 
 @pytest.mark.skipif(not mounts(), reason="mounts need user namespaces")
 def test_training_goes_on_and_ends_whole_when_there_is_room_again(recipe_file: Path, tmp_path: Path) -> None:
-    done = train(recipe_file, tmp_path, "yes")
+    done = train(recipe_file, tmp_path, *TRAIN, room=ROOM, after=None, until="warning")
     assert done.returncode == 0, done
     assert done.stdout.count("was not written") == 2, "once when it happens, once in the summary"
     assert "No space left on device" in done.stdout
@@ -85,7 +44,7 @@ def test_training_goes_on_and_ends_whole_when_there_is_room_again(recipe_file: P
 
 @pytest.mark.skipif(not mounts(), reason="mounts need user namespaces")
 def test_a_disk_that_stays_full_loses_nothing(recipe_file: Path, tmp_path: Path) -> None:
-    done = train(recipe_file, tmp_path, "no")
+    done = train(recipe_file, tmp_path, *TRAIN, room=ROOM, after=None, until="never")
     assert done.returncode == 1, done
     assert "Traceback" not in done.stdout
     (kept,) = (tmp_path / "state/hyperlora").glob("small-*")
