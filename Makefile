@@ -11,6 +11,7 @@ quickstart: setup
 	$(BIN)/hyperlora train quickstart
 
 # One thread for each process: the models of the tests are too small for more, and workers share the cores.
+# Two files at a time: much of the time of the tests is spent waiting for processes to start and to end.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -137,28 +137,38 @@ def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterato
     """
     mine = not ray.is_initialized()
     if mine:
-        level = logging.INFO if verbose else logging.ERROR
         address = recipe.ray.address
-        workers = recipe.ray.most * recipe.ray.cpus_per_worker
-        more: dict[str, Any] = {}
+        shown: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
         if address is None:
             # Workers that wait for gradients of each other may share cores; a laptop with one core runs two.
-            more = {"num_cpus": max(os.cpu_count() or 1, int(-(-workers // 1))), "include_dashboard": dashboard}
-        if address is not None:
+            cpus = max(os.cpu_count() or 1, int(-(-recipe.ray.most * recipe.ray.cpus_per_worker // 1)))
+            _start(shown | {"num_cpus": cpus, "include_dashboard": dashboard})
+        else:
             _check_address(address)
-        try:
-            # Without "local" Ray would join a cluster that happens to run on this machine.
-            ray.init(address=address or "local", log_to_driver=verbose, logging_level=level, **more)
-        except (OSError, ValueError, RuntimeError) as error:
-            if address is None:
-                raise
-            raise _unreachable(address, error) from error
+            try:
+                ray.init(address=address, **shown)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise _unreachable(address, error) from error
     try:
         _check_resources(recipe)
         yield
     finally:
         if mine:
             ray.shutdown()
+
+
+def _start(options: dict[str, Any], attempts: int = 3) -> None:
+    """Start Ray on this machine; on one that is busy its processes may need longer than the half minute Ray gives."""
+    for left in reversed(range(attempts)):
+        try:
+            # Without "local" Ray would join a cluster that happens to run on this machine.
+            ray.init(address="local", **options)
+        except Exception as error:
+            if not left or "timed out during startup" not in str(error):
+                raise
+            logger.warning("Ray did not start in time, trying again: %s", error)
+        else:
+            return
 
 
 def _check_address(address: str) -> None:

@@ -2,10 +2,11 @@
 
     <run>/owners/00000003-5f2c9a1e.json    number and token; who holds it; a count that grows with every renewal
 
-Whoever wants to write puts a claim with the next number and a token of its own, then lists the folder: another claim
-with the same or a higher number means that somebody else came at the same moment, and both take theirs back. That
-needs a store whose listings show finished writes (local folders, S3, GCS, Azure) and no conditional writes, so that
-it holds on stores without them as well. A holder that finds a higher number has been replaced and writes no more.
+Whoever wants to write sees to it that the holders of all claims there are gone, puts a claim with the next number and
+a token of its own, then lists the folder again: a claim that was not there before means that somebody else came at the
+same moment, and this one is taken back. Of two that come at once the later therefore sees the earlier. That needs a
+store whose listings show finished writes (local folders, S3, GCS, Azure) and no conditional writes, so that it holds on
+stores without them as well. A holder that finds a higher number has been replaced and writes no more.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Lease:
                     _wait_for(self._uri, name)
             self.owner = f"{last + 1:08d}-{secrets.token_hex(4)}"
             patiently(storage.create, _path(self._uri, self.owner), content)
-            if all(number(n) <= last or n == self.owner for n in _claims(self._uri)):
+            if set(_claims(self._uri)) <= {*names, self.owner}:
                 for name in names:
                     storage.remove(_path(self._uri, name))
                 return self.owner

@@ -217,7 +217,7 @@ class Outage(Silent):
             time.sleep(1)  # what is in flight arrives
             self._server.stop()
         if step == self._start:
-            time.sleep(1)  # what is in flight fails
+            time.sleep(3)  # what is in flight fails
             self._server.start()
         if step == self._start + 4:
             time.sleep(2)  # what is in flight arrives
@@ -228,17 +228,18 @@ class Outage(Silent):
 
 def test_training_goes_on_while_the_server_is_away(proxy: s3.Proxy, recipe_file: Path) -> None:
     content = recipe(recipe_file, steps=40)
-    content = content.model_copy(update={"storage": content.storage.model_copy(update={"retry_seconds": 0.2})})
+    content = content.model_copy(update={"storage": content.storage.model_copy(update={"retry_seconds": 2})})
     sink = Outage(proxy, 12, 33)
     outcome = train(content, RunInfo(f"{STORE}/away"), sink=sink)
     assert outcome["steps"] == 40
     ((step, message),) = sink.warnings
-    assert step == 15
-    assert "the checkpoint of step 15 was not written" in message
+    away = [15, 20, 25, 30]
+    assert step in away
+    assert f"the checkpoint of step {step} was not written" in message
     assert "training goes on, the next one tries again" in message
     assert "step-00000010" in message
     failed, written = sink.metrics["checkpoint/failed_step"], sink.metrics["checkpoint/committed_step"]
-    assert failed[0] == 15
+    assert set(failed) <= set(away), "the newest that was not written since the last report"
     assert failed == sorted(failed)
     assert written[-1] == 35, "a checkpoint after the outage"
     assert [w["message"] for w in outcome["warnings"]] == [message]

@@ -111,6 +111,25 @@ def test_of_many_at_once_at_most_one_is_let_in(tmp_path: Path) -> None:
             lease.release()
 
 
+def test_a_claim_that_came_between_two_looks_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One looks while a third's claim is there; it is taken back, and another comes in under the same number."""
+    run, claims, others = str(tmp_path), ownership._claims, []
+
+    def look(uri: str) -> list[str]:
+        if others:
+            return claims(uri)
+        others.append(None)
+        others[0] = Lease(run)
+        return ["00000001-0badcafe"]
+
+    monkeypatch.setattr(ownership, "_claims", look)
+    with pytest.raises(OwnedElsewhereError, match="belongs to a command that is running"):
+        Lease(run)
+    (other,) = others
+    ownership.check(run, other.owner)
+    other.release()
+
+
 def test_a_damaged_claim_blocks_nobody(tmp_path: Path) -> None:
     storage.write(f"{tmp_path}/owners/00000007-00c0ffee.json", b"{")
     with Lease(str(tmp_path)) as lease:
