@@ -33,6 +33,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from hyperlora import runs, storage, training, warm_start
 from hyperlora.config import Recipe, parse
+from hyperlora.stopping import terminable
 from hyperlora.storage import patiently
 from hyperlora.training import NonFiniteError, RunInfo, Silent
 
@@ -111,7 +112,8 @@ def run(
         return
     settings = recipe.ray.model_copy(update={"num_workers": concurrency})
     rows = share_rows(recipe)
-    with cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False):
+    # Ray takes SIGTERM for itself when it starts.
+    with cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False), terminable():
         # Processes are kept for the next trial, on a GPU as well: importing everything costs seconds.
         task = ray.remote(
             max_retries=0, max_calls=0, num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker

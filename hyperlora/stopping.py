@@ -1,9 +1,11 @@
-"""SIGTERM, the notice before a machine goes away, as a wish to stop after the step at hand."""
+"""SIGTERM, the notice before a machine goes away: a wish to stop after the step at hand, or the end of a search."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -37,3 +39,24 @@ class Notice:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self._event.set()
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM has come to a search, which ends it as Ctrl-C does."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within the block SIGTERM raises :class:`TerminatedError`; in any but the main thread it changes nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise TerminatedError
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

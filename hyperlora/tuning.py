@@ -52,6 +52,7 @@ from hyperlora.search import (
     recorded,
     write,
 )
+from hyperlora.stopping import terminable
 from hyperlora.training import NonFiniteError, RunInfo, Silent
 
 VALUES, REPORTS, STOPPED = "values.json", "reports.json", "stopped.json"
@@ -172,7 +173,8 @@ def run(
         # Tune's new output prints tables whatever its verbosity is.
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     rows = share_rows(recipe) if trainable is None else ""
-    with cluster(recipe, verbose, dashboard=settings.most > 1):
+    # Ray takes SIGTERM for itself when it starts.
+    with cluster(recipe, verbose, dashboard=settings.most > 1), terminable():
         most = _capacity(recipe)
         at_once = max(1, min(most, search.concurrency or most))
         driver = _Driver(search, proposals, waiting, lambda trial: started(trial, at_once), over)

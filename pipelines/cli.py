@@ -177,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "submit" or getattr(args, "address", None) is not None:
         tokens.use()
     from hyperlora.config import RecipeError
+    from hyperlora.stopping import TerminatedError
     from hyperlora.storage import StorageError
     from hyperlora.training import NonFiniteError, StoppedError
     from pipelines.common import check_json
@@ -236,10 +237,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(str(error))
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         again = "the same command with --resume" if args.command == "train" else "the same command"
         _complain(f"interrupted; {again} goes on from the last checkpoint")
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT)
 
 
 def _complain(text: str) -> None:

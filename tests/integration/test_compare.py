@@ -162,6 +162,24 @@ def test_killed_and_taken_up_again(whole: tuple[list[str], Path, dict[str, Any]]
         assert times[: len(seconds)] == seconds, "an interrupted trial goes on from its newest checkpoint"
 
 
+def test_sigterm_leaves_a_partial_result(whole: tuple[list[str], Path, dict[str, Any]], tmp_path: Path) -> None:
+    command, _, _ = whole
+    out = tmp_path / "out"
+    arguments = [sys.executable, "-m", "pipelines.cli", *command, "--out", str(out)]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 500
+        while not finished(out):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "no trial in minutes"
+            time.sleep(0.1)
+        process.terminate()
+        message = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, message
+    assert "interrupted; the same command goes on from the last checkpoint" in message
+    assert "Traceback" not in message
+    assert not json.loads((out / "comparison.json").read_text())["complete"]
+
+
 def interrupted(out: Path) -> dict[str, list[float]]:
     """Unfinished trials that have a checkpoint: the times of its steps."""
     found = {}

@@ -118,12 +118,13 @@ def test_killed_and_taken_up_again(tmp_path: Path) -> None:
         assert outcome["step_seconds"][: len(seconds)] == seconds, "an interrupted trial goes on from its checkpoint"
 
 
-def test_interrupted_it_leaves_a_report(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_leaves_a_report(number: signal.Signals, status: int, tmp_path: Path) -> None:
     command = [*prepare(tmp_path, steps=30), "--trials", "20", "--stop-on", "none"]
     process = start(command)
     wait_for_work(process, tmp_path / "out")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    process.send_signal(number)
+    assert process.wait(60) == status
     result = json.loads((tmp_path / "out/tune.json").read_text())
     assert not result["complete"]
     assert result["missing"]
