@@ -6,6 +6,8 @@ from hyperlora.pruning import Pruning
 from hyperlora.update_rules import AdamSettings, UpdateRule
 from hyperlora.warm_start import start_from
 
+__version__ = "0.1.0"
+
 __all__ = [
     "METHODS",
     "AdamSettings",

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 #: Rows that are tokenised and written together.
 BATCH = 1000
 MANIFEST = "rows.json"
+#: Changes whenever what is written here does.
+LAYOUT = 2
 Columns = dict[str, list[Any]]
 Encode = Callable[[list[dict[str, Any]]], Columns]
 Say = Callable[[str], None]
@@ -69,8 +71,18 @@ class Packed:
         return Dataset.from_file(str(self.folder / f"{part}.arrow"))
 
     def count(self, part: str, name: str) -> int:
-        """``rows``, ``longest`` (tokens of a row), ``largest`` (token), ``targets`` or ``empty`` (rows without one)."""
+        """Of one part.
+
+        Args:
+            part: ``train`` or ``eval``.
+            name: ``rows``, ``longest`` and ``longest_prompt`` (tokens), ``largest`` (token), ``targets``, or
+                ``empty`` (rows without a target).
+        """
         return int(self.content["parts"][part][name])
+
+    def sha256(self, part: str) -> str:
+        """Of the tokens of one part, in their order."""
+        return str(self.content["parts"][part]["sha256"])
 
 
 def cache() -> Path:
@@ -227,8 +239,9 @@ def _tell(say: Say, part: str, rows: int) -> None:
 
 def _write_part(
     path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema, encode: Encode, say: Callable[[int], None]
-) -> dict[str, int]:
-    found = {"rows": 0, "longest": 0, "largest": 0, "targets": 0, "empty": 0}
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"rows": 0, "longest": 0, "longest_prompt": 0, "largest": 0, "targets": 0, "empty": 0}
+    digest = hashlib.sha256()
     told = time.monotonic()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
         while some := list(islice(rows, BATCH)):
@@ -236,14 +249,19 @@ def _write_part(
             ids, weights = columns["input_ids"], columns["weight"]
             found["rows"] += len(some)
             found["longest"] = max(found["longest"], *map(len, ids))
+            found["longest_prompt"] = max(found["longest_prompt"], *map(len, columns.get("prompt_ids", [()])))
             found["largest"] = max(found["largest"], *(max(row, default=0) for row in ids))
             found["targets"] += sum(weights)
             found["empty"] += sum(weight == 0 for weight in weights)
-            stream.write_batch(pa.record_batch(columns, schema=schema))
+            batch = pa.record_batch(columns, schema=schema)
+            for column in batch.columns:
+                for buffer in column.buffers():
+                    digest.update(b"" if buffer is None else buffer)
+            stream.write_batch(batch)
             if time.monotonic() - told > 1:
                 say(found["rows"])
                 told = time.monotonic()
-    return found
+    return found | {"sha256": digest.hexdigest()}
 
 
 def _identity(path: Path) -> dict[str, Any]:

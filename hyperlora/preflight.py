@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hyperlora.adapters import attach, load_config, load_tokenizer, model_problems, prepare, weight_problems
@@ -93,27 +93,49 @@ def meta_model(recipe: Recipe, task: Task, total_steps: int) -> PeftModel:
             reason = str(error).strip().splitlines()[0][:300]
             allowed = f"a model for task.kind={recipe.task.kind} ({reason})"
             raise RecipeError([Problem("model.path", recipe.model.path, allowed)]) from error
-        problems = weight_problems(recipe.model, base) + _row_problems(recipe, task, base.config)
+        problems = weight_problems(recipe.model, base) + _row_problems(recipe, task, base)
         if problems:
             raise RecipeError(problems)
         model = attach(base, recipe, task.num_labels, total_steps)
     return prepare(model, recipe)
 
 
-def _row_problems(recipe: Recipe, task: Task, config: PretrainedConfig) -> list[Problem]:
+def _positions(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest row that a model can take; None where it says nothing."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    # RoBERTa and its kin count positions from the one after their padding's.
+    before = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return positions - max(before, default=0)
+
+
+def _row_problems(recipe: Recipe, task: Task, model: PreTrainedModel) -> list[Problem]:
     """Rows that the model cannot take or learn nothing from."""
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     problems = []
     packed = task.packed
     largest, longest = (max(packed.count(part, name) for part in PARTS) for name in ("largest", "longest"))
     if largest >= text.vocab_size:
         allowed = f"a tokenizer of the model, which has {text.vocab_size:,} tokens: this one gave number {largest:,}"
         problems.append(Problem("model.tokenizer", recipe.model.tokenizer or recipe.model.path, allowed))
-    positions = getattr(text, "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < longest:
+    positions = _positions(model)
+    if positions is not None and positions < longest:
         problems.append(
             Problem("task.max_length", recipe.task.max_length, f"at most the model's {positions} positions")
         )
+    if positions is not None and recipe.task.kind == "generation":
+        prompt, new = packed.count("eval", "longest_prompt"), recipe.task.max_new_tokens
+        if prompt + new > positions:
+            allowed = (
+                f"at most {max(0, positions - prompt)}: the longest held-out prompt has {prompt} tokens, "
+                f"the model {positions} positions"
+            )
+            problems.append(Problem("task.max_new_tokens", new, allowed))
     # A batch without a single target has no mean loss.
     batch, none = recipe.training.batch_size, packed.count("train", "empty")
     for part, enough in (("train", none >= batch), ("eval", not packed.count("eval", "targets"))):

@@ -30,12 +30,12 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from hyperlora import spool, storage
+from hyperlora import __version__, spool, storage
 from hyperlora.config import MLflowConfig, Problem, Recipe, RecipeError
 from hyperlora.spool import Spool
 
 logger = logging.getLogger(__name__)
-PACKAGES = ("hyperadalora", "torch", "transformers", "peft", "ray", "mlflow", "datasets")
+PACKAGES = ("torch", "transformers", "peft", "ray", "mlflow", "datasets")
 # MLflow takes at most this many metrics, parameters and tags in one request.
 BATCH = 1000
 PARAMS = 100
@@ -50,7 +50,9 @@ PATIENCE = 5.0
 
 def versions() -> dict[str, str]:
     """Python and the packages that decide a result."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    # Of this package by itself: a job on a cluster brings it as a folder, which no index knows.
+    own = {"python": platform.python_version(), "hyperadalora": __version__}
+    return own | {name: metadata.version(name) for name in PACKAGES}
 
 
 def git_state() -> dict[str, str]:

@@ -248,23 +248,58 @@ def build_optimizer(recipe: Recipe, model: PeftModel, total_steps: int, world: W
 
 
 class PendingMetrics:
-    """Metrics of one step on their way from the device; reading them waits for that step alone."""
+    """Metrics of one step on their way from the device; reading them waits for that step alone.
 
-    def __init__(self, step: int, names: list[str], values: Tensor, known: dict[str, float]) -> None:
-        self.step, self._names, self._known = step, names, known
-        self._event: torch.cuda.Event | None = None
+    Args:
+        clock: was started with the step.
+        step: its number.
+        tokens: of its batch.
+        names: of ``values``.
+        values: on the device.
+        known: what the host knows by itself.
+    """
+
+    def __init__(
+        self, clock: Clock, step: int, tokens: int, names: list[str], values: Tensor, known: dict[str, float]
+    ) -> None:
+        self.step, self.tokens, self._clock, self._names, self._known = step, tokens, clock, names, known
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
         else:
             self._values = values
+        clock.stop()
 
     def read(self) -> dict[str, float]:
-        if self._event is not None:
-            self._event.synchronize()
-        return dict(zip(self._names, self._values.tolist(), strict=True)) | self._known
+        seconds = self._clock.seconds()
+        speed = {"step_seconds": seconds, "tokens_per_second": self.tokens / seconds}
+        return dict(zip(self._names, self._values.tolist(), strict=True)) | self._known | speed
+
+
+class Clock:
+    """How long one step takes: on a GPU as the device sees it, since the host is done long before, without waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2 if device.type == "cuda" else 0)]
+        self._times: list[float] = []
+        self._mark(0)
+
+    def stop(self) -> None:
+        self._mark(1)
+
+    def seconds(self) -> float:
+        """Waits until the step is over."""
+        if self._events:
+            begin, end = self._events
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1000
+        return self._times[1] - self._times[0]
+
+    def _mark(self, which: int) -> None:
+        if self._events:
+            self._events[which].record()
+        else:
+            self._times.append(time.perf_counter())
 
 
 class Trainer:
@@ -382,7 +417,7 @@ class Trainer:
 
     def train_step(self, indices: list[int]) -> PendingMetrics:
         """Forward, backward and optimizer step on one global batch of row indices."""
-        started = time.perf_counter()
+        clock = Clock(self.world.device)
         rows = self.task.train[indices]
         # All workers know the whole batch, so that the mean runs over its targets and not over workers' means.
         targets, tokens = sum(rows["weight"]), sum(len(ids) for ids in rows["input_ids"])
@@ -405,19 +440,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         names, values = self._stats()
         self.step += 1
-        seconds = time.perf_counter() - started
-        self.training_seconds += seconds
-        self.step_seconds.append(seconds)
-        self.tokens_seen += tokens
-        known = {
-            "live_rank": float(self.optimizer.live),
-            "learning_rate": rate,
-            "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-        }
+        known = {"live_rank": float(self.optimizer.live), "learning_rate": rate}
         if self.rank_history[-1][1] != self.optimizer.live:
             self.rank_history.append((self.step, self.optimizer.live))
-        return PendingMetrics(self.step, names, values, known)
+        return PendingMetrics(clock, self.step, tokens, names, values, known)
 
     def _stats(self) -> tuple[list[str], Tensor]:
         """Names and values (one tensor on the device) of what the optimizer saw in the last step."""
@@ -446,6 +472,9 @@ class Trainer:
             )
         self._told_to_stop |= metrics.pop("stop") > 0
         self.losses.append(metrics["loss"])
+        self.step_seconds.append(metrics["step_seconds"])
+        self.training_seconds += metrics["step_seconds"]
+        self.tokens_seen += pending.tokens
         statistics, warnings = self.monitors.step(pending.step, metrics["loss"], metrics["grad_norm"])
         if self.world.rank == 0:
             self._take_in(self.uploads.finished())
@@ -653,7 +682,7 @@ class Trainer:
         trainer = {
             "step": self.step,
             "total_steps": self.total_steps,
-            "data": {"seed": self.recipe.seed, "rows": len(self.task.train), "next_batch": self.step},
+            "data": self._data() | {"seed": self.recipe.seed, "next_batch": self.step},
             "rng": "every step seeds the generator with (recipe.seed, step, worker)",
             "optimizer": copy.deepcopy(state),
             "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
@@ -704,24 +733,32 @@ class Trainer:
         self.monitors.warnings.append(warning)
         self._warn([warning])
 
+    def _data(self) -> dict[str, Any]:
+        """What the rows to train on are."""
+        return {"rows": len(self.task.train), "sha256": self.task.packed.sha256("train")}
+
     def restore(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint of the same recipe.
 
         Raises:
-            ValueError: the checkpoint is of another model, method or data set; this state is unchanged for data.
+            RecipeError: the checkpoint is of other training rows, or of another model.
         """
-        trainer = saved.trainer
-        rows = len(self.task.train)
-        if trainer["data"]["rows"] != rows or trainer["total_steps"] != self.total_steps:
-            raise ValueError(
-                f"{saved.uri} is of a run with {trainer['data']['rows']} training rows and "
-                f"{trainer['total_steps']} steps; this one has {rows} and {self.total_steps}"
+        trainer, data = saved.trainer, self._data()
+        then = {key: trainer["data"].get(key) for key in data}
+        if then != data:
+            allowed = (
+                f"the rows that {saved.uri} was trained on: {then['rows']}, SHA-256 of their tokens {then['sha256']}"
             )
+            raise RecipeError([Problem("data", f"{data['rows']} training rows, {data['sha256']}", allowed)])
         optimizer = {k.removeprefix("optimizer."): v for k, v in saved.tensors.items() if k.startswith("optimizer.")}
-        self.optimizer.load_state_dict({**trainer["optimizer"], "state": optimizer})
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(saved.tensors[f"model.{name}"])
+        try:
+            self.optimizer.load_state_dict({**trainer["optimizer"], "state": optimizer})
+            with torch.no_grad():
+                for name, parameter in self.trained.items():
+                    parameter.copy_(saved.tensors[f"model.{name}"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            allowed = f"the model whose adapter {saved.uri} holds ({error})"
+            raise RecipeError([Problem("model.path", self.recipe.model.path, allowed)]) from error
         lambdas = [None] * len(self.optimizer.param_groups)  # functions are no state; None keeps this run's
         self.scheduler.load_state_dict({**trainer["scheduler"], "lr_lambdas": lambdas})
         self.step, self._committed = trainer["step"], saved.uri

@@ -193,12 +193,15 @@ def logs(args: Namespace, console: Console) -> int:
     """Show a job's output; returns its exit status when followed."""
     client = jobs.connect(args.address)
     if args.follow:
-        return _exit(follow(args.address, args.job, console))
+        status = follow(args.address, args.job, console)
+        write_json(args.json, {"job_id": args.job, "status": status.value})
+        return _exit(status)
     try:
-        text = client.get_job_logs(args.job)
+        text, status = client.get_job_logs(args.job), client.get_job_status(args.job)
     except RuntimeError as error:
         raise _no_job(args) from error
     console.print(Text.from_ansi(text), soft_wrap=True)
+    write_json(args.json, {"job_id": args.job, "status": status.value, "logs": text})
     return 0
 
 
@@ -207,12 +210,15 @@ def stop(args: Namespace, console: Console) -> int:
     client = jobs.connect(args.address)
     try:
         running = client.stop_job(args.job)
+        status = client.get_job_status(args.job)
     except RuntimeError as error:
         raise _no_job(args) from error
-    if not running:
+    if running:
+        status = follow(args.address, args.job, console)
+    else:
         console.print(f"{args.job} is not running")
-        return 1
-    return 0 if follow(args.address, args.job, console) == JobStatus.STOPPED else 1
+    write_json(args.json, {"job_id": args.job, "status": status.value})
+    return 0 if running and status == JobStatus.STOPPED else 1
 
 
 def _no_job(args: Namespace) -> RecipeError:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hyperlora import storage
 from hyperlora.config import Recipe
-from hyperlora.packed import fetch, obtain, write
+from hyperlora.packed import LAYOUT, fetch, obtain, write
 from hyperlora.tasks.base import Task
 from hyperlora.tasks.classification import Classification, label_names
 from hyperlora.tasks.data import PARTS, Part, Parts, Row, read_rows, survey
@@ -88,7 +88,12 @@ def _fingerprint(
         {part: content.sha256 for part, content in found.items()},
         [fields, recipe.task.model_dump(mode="json"), labels],
         [_vocabulary(tokenizer), type(tokenizer).__name__, str(tokenizer.eos_token)],
-        [transformers.__version__, tokenizers.__version__, *(hashlib.sha256(text).hexdigest() for text in code)],
+        [
+            LAYOUT,
+            transformers.__version__,
+            tokenizers.__version__,
+            *(hashlib.sha256(text).hexdigest() for text in code),
+        ],
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

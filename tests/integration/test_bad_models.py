@@ -100,6 +100,10 @@ def test_folders(recipe_file: Path, model: Path, refused: Refused, breaks, expec
             "task.max_length: got 96; at most the model's 20 positions",
         ),
         (
+            ["model.architecture.max_position_embeddings=100", "task.max_new_tokens=90"],
+            "task.max_new_tokens: got 90; at most ",
+        ),
+        (
             ["adapter.target_modules=[nothing]"],
             "adapter.target_modules: got ('nothing',); modules of the model: act_fn",
         ),
