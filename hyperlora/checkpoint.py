@@ -207,7 +207,7 @@ def load(uri: str) -> Checkpoint:
         raise RefusedError(uri, f"{uri}/state.safetensors is no safetensors file ({error})") from error
     try:
         trainer = json.loads(files["trainer.json"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RefusedError(uri, f"{uri}/trainer.json is no JSON ({error})") from error
     if not isinstance(trainer, dict):
         raise RefusedError(uri, f"{uri}/trainer.json is no JSON object")
@@ -219,7 +219,7 @@ def _expected(uri: str, manifest: bytes) -> dict[str, tuple[int, str]]:
     where = f"{uri}/{COMMIT}"
     try:
         found = json.loads(manifest)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RefusedError(uri, f"{where} is no JSON ({error})") from error
     if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
         raise RefusedError(uri, f"{where} is no manifest: it has no table of files")

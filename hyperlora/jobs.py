@@ -198,18 +198,16 @@ def follow(address: str, job_id: str, show: Callable[[str], None], lost: Callabl
                 shown += len(text)
                 show(text)
                 silent_since, told = time.monotonic(), False
-        except RecipeError as error:
-            if time.monotonic() - silent_since > LOST:
-                raise
-            if not told:
-                lost(str(error))
-                told = True
-        except RuntimeError as error:
-            if "404" in str(error) or "not exist" in str(error):
+        except (RecipeError, RuntimeError, aiohttp.ClientError, OSError) as error:
+            if isinstance(error, RuntimeError) and re.search(r"status code 404|does not exist", str(error)):
                 raise RecipeError([Problem("ID", job_id, f"a job of {address}; hyperlora jobs lists them")]) from error
-            lost(str(error).splitlines()[0])
-        except (aiohttp.ClientError, OSError) as error:
-            lost(f"{type(error).__name__}: {error}")
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if time.monotonic() - silent_since > LOST:
+                allowed = f"a cluster that answers; it has not for {LOST / 60:.0f} minutes ({reason})"
+                raise RecipeError([Problem("--address", address, allowed)]) from error
+            if not told:
+                lost(reason)
+                told = True
         time.sleep(RETRY)
 
 

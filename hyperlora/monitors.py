@@ -76,7 +76,7 @@ def read_baseline(config: MonitorsConfig, total_steps: int) -> list[float] | Non
     try:
         with fsspec.open(config.baseline, "r", encoding="utf-8") as file:
             curve = _curve(json.load(file), loss_window(config, total_steps))
-    except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # of what the file holds, or of a store's own library
         problem = Problem("monitors.baseline", config.baseline, f"{allowed} ({type(error).__name__}: {error})")
         raise RecipeError([problem]) from error
     if not min(curve) < curve[0]:

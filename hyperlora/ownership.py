@@ -115,9 +115,9 @@ class Lease:
             patiently(storage.create, _path(self._uri, self.owner), content)
             if set(_claims(self._uri)) <= {*names, self.owner}:
                 for name in names:
-                    storage.remove(_path(self._uri, name))
+                    patiently(storage.remove, _path(self._uri, name))
                 return self.owner
-            storage.remove(_path(self._uri, self.owner))
+            patiently(storage.remove, _path(self._uri, self.owner))
             time.sleep(random.uniform(0.1, 1))
         raise OwnedElsewhereError(f"{uris.redacted(self._uri)} is claimed by several processes at once; try again")
 
@@ -146,9 +146,9 @@ def _read(run_uri: str, owner: str) -> dict[str, Any]:
     """What a claim says; nothing if it was taken back or is damaged."""
     try:
         content = json.loads(patiently(storage.read, _path(run_uri, owner)))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return content if isinstance(content, dict) and {"pid", "started", "renewals"} <= content.keys() else {}
 
 
 def _holder(content: dict[str, Any]) -> str:

@@ -114,11 +114,22 @@ def result(uri: str) -> dict[str, Any] | None:
 
 
 def read(uri: str, name: str) -> Any:
-    """A JSON file of a folder; None when it is not there."""
+    """A JSON file of a folder; None when it is not there.
+
+    Raises:
+        RecipeError: it is no JSON object or list.
+        StorageError: the store does not answer.
+    """
     try:
-        return json.loads(patiently(storage.read, f"{uri}/{name}"))
+        found = json.loads(patiently(storage.read, f"{uri}/{name}"))
+        if not isinstance(found, dict | list):
+            raise ValueError(f"it holds {type(found).__name__}")
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError) as error:
+        allowed = f"a folder whose {name} is a JSON object or list ({type(error).__name__}: {error})"
+        raise RecipeError([Problem("run", f"{uri}/{name}", allowed)]) from error
+    return found
 
 
 def unfinished(recipe: Recipe) -> RunInfo:
@@ -138,11 +149,13 @@ def unfinished(recipe: Recipe) -> RunInfo:
         )
     uri = f"{base}/{max(names)}"
     _must_be_unfinished(uri)
-    content = json.loads(patiently(storage.read, f"{uri}/run.json"))
+    content = read(uri, "run.json")
+    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
+        raise RecipeError([Problem("--resume", f"{uri}/run.json", "the record of a run, with its recipe")])
     changed = differences(content["recipe"], recipe)
     if changed:
         raise RecipeError([Problem(key, new, f"the run to resume has {old!r}") for key, old, new in changed])
-    return RunInfo(uri, content["mlflow_run_id"])
+    return RunInfo(uri, content.get("mlflow_run_id"))
 
 
 def _must_be_unfinished(uri: str) -> None:

@@ -103,10 +103,12 @@ class Proposals:
             self._study.sampler = learned if number < INSISTS else self._chance
             trial = self._study.ask()
             values = self._space.suggest(trial)
-            if _key(values) not in self._seen and self._space.infeasible(values) is None:
+            known = _key(values) in self._seen
+            if not known and self._space.infeasible(values) is None:
                 self._opened(values, trial)
                 break
-            self._study.tell(trial, state=self._worst)
+            # A point that is known already is no bad one: what came of it is told under its own trial.
+            self._study.tell(trial, state=TrialState.FAIL if known else self._worst)
         else:
             values = None
         self._study.sampler = learned

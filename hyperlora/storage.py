@@ -196,6 +196,28 @@ def _create(uri: str, data: bytes) -> None:
             fs.pipe_file(path, data)
 
 
+def refuses_overwriting(uri: str, data: bytes) -> bool:
+    """Whether the store itself refuses a conditional write onto a file that is there.
+
+    Raises:
+        StorageError: it could not be asked.
+    """
+    with _translated(uri):
+        fs, path = filesystem(uri)
+        try:
+            if is_local(uri):
+                _create(uri, data)
+            else:
+                fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return True
+        except OSError as error:
+            if (status := _status(error)) in (412, 501):
+                return status == 412
+            raise
+    return False
+
+
 def _flushed(path: Path, data: bytes) -> Path:
     """A temporary file beside ``path``, on the disk with all its bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,8 @@ from hyperlora.config import MLflowConfig, Problem, Recipe, RecipeError
 from hyperlora.spool import Spool
 
 logger = logging.getLogger(__name__)
+#: What a server or database that does not answer or refuses ends in.
+ERRORS = (MlflowException, OSError)
 PACKAGES = ("torch", "transformers", "peft", "ray", "mlflow", "datasets")
 # MLflow takes at most this many metrics, parameters and tags in one request.
 BATCH = 1000
@@ -215,7 +217,9 @@ def log_trial(
     experiment = client.get_run(parent).info.experiment_id
     mine = f"tags.`mlflow.parentRunId` = '{parent}' AND tags.`hyperlora.trial` = '{name}'"
     for earlier in client.search_runs([experiment], mine):
-        if earlier.info.status in ("FINISHED", "FAILED"):
+        over = earlier.info.status in ("FINISHED", "FAILED")
+        # A trial that failed once may have finished since.
+        if over and earlier.data.tags.get("hyperlora.status") == record["status"]:
             return
         client.delete_run(earlier.info.run_id)
     every = {**tags, **git_state(), "mlflow.runName": name, "mlflow.parentRunId": parent, "hyperlora.trial": name}
@@ -322,7 +326,7 @@ def finish(recipe: Recipe, run_id: str, outcome: Mapping[str, Any]) -> None:
 def _tell(run_id: str, action: Callable[[], Any]) -> None:
     try:
         action()
-    except (MlflowException, OSError) as error:
+    except ERRORS as error:
         logger.warning("MLflow run %s could not be updated: %s", run_id, str(error).splitlines()[0])
 
 

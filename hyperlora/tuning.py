@@ -48,7 +48,6 @@ from hyperlora.search import (
     Trial,
     drop_checkpoints,
     only_process,
-    reason,
     recorded,
     write,
 )
@@ -301,8 +300,9 @@ class _Driver(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         own = self._running.pop(trial.config["name"])
-        error = trial.get_pickled_error() or RuntimeError("the worker is gone")
-        self._over(recorded(own) or Result(own, "failed", reason(error), None, None))
+        # The text: the error itself is a pickle in the store.
+        lines = str(trial.get_error() or "the worker is gone").strip().splitlines()
+        self._over(recorded(own) or Result(own, "failed", lines[-1][:300], None, None))
 
     def _over(self, result: Result) -> None:
         _tell(self._proposals, self._search, result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -18,6 +19,8 @@ from hyperlora.fingerprint import recipe_fingerprint
 from hyperlora.search import Result, Trial, run
 from pipelines.common import replace_bytes
 from pipelines.progress import TrialsProgress
+
+logger = logging.getLogger(__name__)
 
 Log = Callable[[Result], None]
 Finish = Callable[[Mapping[str, Any]], None]
@@ -143,8 +146,18 @@ def tracked_trials(
     recipe = recipe.with_absolute_paths()
     tags = {f"hyperlora.{k}": plan["provenance"][k] for k in ("recipe_fingerprint", "data_fingerprint")}
     with tracked(recipe, out, out.name, {k: plan[k] for k in params}, kind, tags) as parent:
+        late: list[Result] = []
 
         def log(result: Result) -> None:
+            try:
+                log_now(result)
+            except tracking.ERRORS as error:
+                if not late:
+                    told = str(error).splitlines()[0]
+                    logger.warning("MLflow does not answer; trials are logged at the end: %s", told)
+                late.append(result)
+
+        def log_now(result: Result) -> None:
             if parent is None:
                 return
             entry = {"reports": [], **record(result)}
@@ -157,7 +170,13 @@ def tracked_trials(
             if parent is None:
                 return
             status = "FINISHED" if result["complete"] else "KILLED"
-            tracking.finish_search(recipe, parent, figures(result), [out / name for name in files], status)
+            try:
+                for trial in late:
+                    log_now(trial)
+                tracking.finish_search(recipe, parent, figures(result), [out / name for name in files], status)
+            except tracking.ERRORS as error:
+                told = str(error).splitlines()[0]
+                logger.warning("MLflow lacks what is in %s; the same command logs it: %s", out, told)
 
         yield log, finish
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from hyperlora import capacity, jobs
 from hyperlora.config import Problem, Recipe, RecipeError
-from pipelines.common import gathered, is_file, load_recipe, shipped, write_json
+from pipelines.common import check_out, gathered, is_file, load_recipe, shipped, write_json
 
 #: Arguments of the jobs that may name a file, which then travels with the job.
 FILES = ("recipe", "space", "field")
@@ -70,6 +70,10 @@ def _job(args: Namespace, inner: Namespace) -> tuple[Recipe, jobs.Job, str]:
             allowed = f"the URL of the cluster's dashboard, here, in the recipe's cluster.address, or in {ADDRESS}"
             problems.append(Problem("--address", None, allowed))
     problems += unset(env)
+    if inner.command != "train":
+        check_out(inner.out, None if there is None else there[0], problems)
+        if inner.out is not None and "://" not in inner.out and not Path(inner.out).is_absolute():
+            problems.append(Problem("--out", inner.out, "an absolute path that every node shares"))
     if problems or there is None or address is None:
         raise RecipeError(problems)
     words, files = with_files(args.words, [getattr(inner, name, None) for name in FILES])
@@ -91,8 +95,10 @@ def _check_room(recipe: Recipe, inner: Namespace, address: str, console: Console
         RecipeError: it cannot, and no autoscaler adds to it.
     """
     nodes = jobs.nodes(address)
-    # The other commands run trials of one worker, as many at a time as there is room for.
-    settings = recipe.ray if inner.command == "train" else recipe.ray.model_copy(update={"num_workers": 1})
+    # A trial of a search has the workers that its option says; others run several trials of one worker at a time.
+    wanted = {"tune": "workers", "study": "concurrency", "compare": "concurrency"}.get(inner.command)
+    workers = recipe.ray.num_workers if wanted is None else getattr(inner, wanted) or 1
+    settings = recipe.ray.model_copy(update={"num_workers": workers})
     problems = capacity.problems(settings, nodes)
     if problems and not capacity.may_grow(nodes):
         raise RecipeError(problems)
@@ -132,15 +138,23 @@ def unset(names: Sequence[str]) -> list[Problem]:
 def unreachable(recipe: Recipe) -> list[Problem]:
     """Places that mean something else, or nothing, on another machine: a job's working directory goes with the job."""
     allowed = "a URI, or an absolute path that every node shares: a job's working directory goes with the job"
-    places = {"storage.uri": recipe.storage.uri, "data.root": recipe.data.root}
+    places = {
+        "storage.uri": recipe.storage.uri,
+        # Of the other sources it is no path.
+        "data.root": recipe.data.root if recipe.data.source == "files" else None,
+        "hypernetwork.init_from": recipe.hypernetwork.init_from,
+        "monitors.baseline": recipe.monitors.baseline,
+    }
     found = [Problem(k, v, allowed) for k, v in places.items() if v and "://" not in v and not Path(v).is_absolute()]
     tracking = recipe.mlflow.tracking_uri
     if recipe.mlflow.enabled and tracking.startswith("sqlite:///") and not tracking.startswith("sqlite:////"):
         server = "the URL of an MLflow server, or mlflow.enabled=false"
         found.append(Problem("mlflow.tracking_uri", tracking, server))
-    path = Path(recipe.model.path)
-    if recipe.model.init != "random" and path.is_dir() and not path.is_absolute():
-        found.append(Problem("model.path", recipe.model.path, allowed))
+    named = {"model.path": None if recipe.model.init == "random" else recipe.model.path}
+    for key, value in (named | {"model.tokenizer": recipe.model.tokenizer}).items():
+        # A name of the hub is no folder here.
+        if value is not None and Path(value).is_dir() and not Path(value).is_absolute():
+            found.append(Problem(key, value, allowed))
     return found
 
 

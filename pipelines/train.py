@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from hyperlora import runs, tracking
-from hyperlora.config import Recipe
+from hyperlora.config import Recipe, RecipeError
 from hyperlora.preflight import Estimate, inspect
 from hyperlora.stopping import Notice
 from hyperlora.training import RunInfo, StoppedError, Tee, train
@@ -36,7 +37,13 @@ def main(args: Namespace, console: Console) -> int:
         write_json(args.json, {"recipe": recipe.model_dump(mode="json"), "estimate": estimate.to_json()})
         return 0
     if recipe.mlflow.enabled:
-        tracking.check(recipe)
+        try:
+            tracking.check(recipe)
+        except RecipeError as error:
+            # A run that goes on keeps its metrics until the server is back.
+            if not args.resume:
+                raise
+            console.print(Text(f"going on without MLflow for now: {error}", "yellow"), soft_wrap=True)
     with ExitStack() as stack:
         if recipe.ray.backend == "ray":
             from hyperlora.distributed import cluster
@@ -89,11 +96,12 @@ def _train(
 
 def _open_run(recipe: Recipe, info: RunInfo, estimate: Estimate, resume: bool) -> RunInfo:
     """Record a run in its folder and in MLflow."""
-    if resume:
-        if info.mlflow_run_id is not None:
-            tracking.resume(recipe, info.mlflow_run_id)
+    if resume and info.mlflow_run_id is not None:
+        tracking.resume(recipe, info.mlflow_run_id)
         return info
-    runs.record(info, recipe)
+    if not resume:
+        runs.record(info, recipe)
+    # Killed before MLflow knew of it, a run gets its MLflow run when it goes on.
     if not recipe.mlflow.enabled:
         return info
     facts = {

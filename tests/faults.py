@@ -1,6 +1,6 @@
 """Faults at random moments of real runs on a real S3 endpoint, drawn from a seed: nothing may be lost or wrongly read.
 
-    python -m tests.faults --injections 50 --seed 0 [--ray-share 0.1] [--json FILE]
+    python -m tests.faults --injections 50 --seed 0 [--ray-share 0.2] [--json FILE]
 
 A run of the small recipe is trained without faults; then the same run again and again, with faults until the wanted
 number has been injected. Whatever happens, every run has to end with the same bytes in its adapter, to lose no
@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -71,10 +72,15 @@ class Harness:
     log: list[dict[str, Any]] = field(default_factory=list)
     #: File of a checkpoint that this run has to refuse by its name.
     damaged: str | None = None
+    #: What runs with Ray have to end with, once one has run without faults.
+    expected_of_two: tuple[dict[str, bytes], list[float]] | None = None
+    #: Times of the steps up to the newest checkpoint that was seen: a run that goes on from it ends with them.
+    kept: list[float] = field(default_factory=list)
 
     def start(self, *more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "pipelines.cli", "train", str(self.recipe), *more],
+            env=os.environ | {"AWS_ENDPOINT_URL": self.proxy.url},
             start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -83,20 +89,20 @@ class Harness:
 
     def folder(self) -> str | None:
         """The run's folder, once it is there."""
-        # This process's own connections meet the faults as well.
         found = patiently(storage.glob, STORE, "*/run.json")
         assert len(found) <= 1, f"one command, several runs: {found}"
         return f"{STORE}/{found[0].removesuffix('/run.json')}" if found else None
 
-    def reference(self) -> None:
-        """The run without faults: what every other has to end with."""
+    def reference(self, *options: str) -> tuple[dict[str, bytes], list[float], float]:
+        """The run without faults: what every other has to end with, and its seconds."""
         began = time.monotonic()
-        process = self.start()
+        process = self.start(*options)
         message = process.communicate(timeout=600)[1]
         assert process.returncode == 0, message
-        self.seconds = time.monotonic() - began
-        self.expected, self.losses = self.outcome()
+        seconds = time.monotonic() - began
+        found = self.outcome()
         patiently(storage.remove_tree, STORE)
+        return *found, seconds
 
     def outcome(self) -> tuple[dict[str, bytes], list[float]]:
         folder = self.folder()
@@ -107,8 +113,8 @@ class Harness:
 
     # ------------------------------------------------------------ faults
 
-    def inject(self, kind: str, process: subprocess.Popen[str]) -> bool:
-        """Whether the process has to be started again."""
+    def inject(self, kind: str, process: subprocess.Popen[str]) -> bool | None:
+        """Whether the process has to be started again; None if nothing happened, for want of a thing to hit."""
         return getattr(self, f"_{kind}")(process)
 
     def _kill(self, process: subprocess.Popen[str]) -> bool:
@@ -120,26 +126,28 @@ class Harness:
         process.communicate()
         return True
 
-    def _worker(self, process: subprocess.Popen[str]) -> bool:
+    def _worker(self, process: subprocess.Popen[str]) -> bool | None:
         workers = [
             p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline())
         ]
-        if workers:
-            self.draw.choice(workers).kill()
+        if not workers:
+            return None
+        self.draw.choice(workers).kill()
         return False
 
-    def _head(self, process: subprocess.Popen[str]) -> bool:
+    def _head(self, process: subprocess.Popen[str]) -> bool | None:
         family = psutil.Process(process.pid).children(recursive=True)
         heads = [p for p in family if "gcs_server" in p.name()]
+        if not heads:
+            return None
         for head in heads:
             head.kill()
-        if heads:
-            process.communicate(timeout=300)
-            # What Ray leaves behind when it ends like that must not write into the run.
-            for member in family:
-                if member.is_running():
-                    member.kill()
-        return bool(heads) and process.returncode != 0
+        process.communicate(timeout=300)
+        # What Ray leaves behind when it ends like that must not write into the run.
+        for member in family:
+            if member.is_running():
+                member.kill()
+        return process.returncode != 0
 
     def _term(self, process: subprocess.Popen[str]) -> bool:
         os.kill(process.pid, signal.SIGTERM)
@@ -156,23 +164,31 @@ class Harness:
         self.proxy.start()
         return False
 
-    def _error(self, process: subprocess.Popen[str]) -> bool:
+    def _error(self, process: subprocess.Popen[str]) -> bool | None:
         status, times = self.draw.choice((500, 503)), self.draw.randint(1, 4)
-        self.proxy.faults({"kind": "status", "status": status, "times": times})
-        return False
+        return self._met(process, {"kind": "status", "status": status, "times": times})
 
-    def _slow(self, process: subprocess.Popen[str]) -> bool:
-        self.proxy.faults({"kind": "slow", "seconds": self.draw.uniform(0.5, 3), "times": self.draw.randint(1, 4)})
-        return False
+    def _slow(self, process: subprocess.Popen[str]) -> bool | None:
+        seconds, times = self.draw.uniform(0.5, 3), self.draw.randint(1, 4)
+        return self._met(process, {"kind": "slow", "seconds": seconds, "times": times})
 
-    def _half(self, process: subprocess.Popen[str]) -> bool:
-        self.proxy.faults({"kind": "half", "method": "GET", "times": self.draw.randint(1, 3)})
-        return False
+    def _half(self, process: subprocess.Popen[str]) -> bool | None:
+        return self._met(process, {"kind": "half", "method": "GET", "times": self.draw.randint(1, 3)})
 
-    def _truncated(self, process: subprocess.Popen[str]) -> bool:
+    def _met(self, process: subprocess.Popen[str], fault: dict[str, Any]) -> bool | None:
+        """Have the proxy get something wrong, and wait until a request of the run has met it."""
+        before = len(self.proxy.happened())
+        self.proxy.faults(fault)
+        while process.poll() is None:
+            if len(self.proxy.happened()) > before:
+                return False
+            time.sleep(0.05)
+        return None
+
+    def _truncated(self, process: subprocess.Popen[str]) -> bool | None:
         return self._damage(process, lambda data: data[: self.draw.randrange(len(data))])
 
-    def _flipped(self, process: subprocess.Popen[str]) -> bool:
+    def _flipped(self, process: subprocess.Popen[str]) -> bool | None:
         def flip(data: bytes) -> bytes:
             place = self.draw.randrange(len(data))
             return data[:place] + bytes([data[place] ^ (1 << self.draw.randrange(8))]) + data[place + 1 :]
@@ -188,11 +204,12 @@ class Harness:
             file = f"{good[-1]}/{self.draw.choice(('state.safetensors', 'trainer.json', 'adapter_model.safetensors'))}"
             patiently(storage.write, file, change(patiently(storage.read, file)))
             self.damaged = file
+        self._look()
         return True
 
-    def _second(self, process: subprocess.Popen[str]) -> bool:
+    def _second(self, process: subprocess.Popen[str]) -> bool | None:
         if self.folder() is None:
-            return False
+            return None
         other = self.start("--resume")
         message = " ".join(other.communicate(timeout=300)[1].split())
         refusals = ("belongs to a command that is running", "is claimed by several", "this run is finished")
@@ -205,6 +222,7 @@ class Harness:
     def run(self, kinds: list[str], *options: str) -> None:
         """One run from its start to its end, with these faults."""
         self.proxy.faults()
+        expected, expected_losses = self._expected(*options)
         resume: tuple[str, ...] = ()
         waiting = list(kinds)
         while True:
@@ -217,11 +235,14 @@ class Harness:
                 if process.poll() is not None:
                     break
                 kind = waiting.pop(0)
+                self._look()
                 step, damaged = self._newest(), self.damaged
-                again = self.inject(kind, process)
+                happened = self.inject(kind, process)
+                again = bool(happened)
                 if kind in ("truncated", "flipped") and self.damaged == damaged:
                     kind = "kill"  # there was nothing to damage yet
-                self.log.append({"kind": kind, "committed_before": step, "restart": again})
+                if happened is not None:
+                    self.log.append({"kind": kind, "committed_before": step, "restart": again})
             if not again:
                 message = process.communicate(timeout=600)[1]
                 # Killed between its last file and its end, a run has lost nothing.
@@ -232,11 +253,11 @@ class Harness:
             self._check_refusal(newest)
         self.proxy.faults()
         adapter, losses = self.outcome()
-        assert losses == self.losses or options, "the same losses"
-        assert adapter == self.expected or options, "the same adapter, to the byte"
-        if options:
-            assert len(losses) == len(self.losses)
-            assert max(abs(a - b) for a, b in zip(losses, self.losses, strict=True)) < 1e-6
+        assert losses == expected_losses, "the same losses"
+        assert adapter == expected, "the same adapter, to the byte"
+        times = json.loads(patiently(storage.read, f"{self.folder()}/result.json"))["step_seconds"]
+        assert times[: len(self.kept)] == self.kept, "steps of a committed checkpoint were taken again"
+        self.kept = []
         self._check_warning()
         patiently(storage.remove_tree, STORE)
 
@@ -257,6 +278,23 @@ class Harness:
         # Full between two checkpoints, it has met nothing.
         if "No space left on device" in done.stdout:
             self.log.append({"kind": "disk", "after_seconds": after, "full_seconds": until})
+
+    def _expected(self, *options: str) -> tuple[dict[str, bytes], list[float]]:
+        if not options:
+            return self.expected, self.losses
+        if self.expected_of_two is None:
+            self.expected_of_two = self.reference(*options)[:2]
+            assert self.expected_of_two[1] == pytest.approx(self.losses, abs=1e-6)
+        return self.expected_of_two
+
+    def _look(self) -> None:
+        """See how far the newest good checkpoint is: the run has to end with the times of its steps."""
+        folder = self.folder()
+        saved = None if folder is None else checkpoint.load_latest(folder)[0]
+        now = [] if saved is None else saved.trainer["step_seconds"]
+        both = min(len(now), len(self.kept))
+        assert now[:both] == self.kept[:both], "steps of a committed checkpoint were taken again"
+        self.kept = now
 
     def _newest(self) -> int:
         folder = self.folder()
@@ -293,11 +331,20 @@ def harness(folder: Path, seed: int, injections: int, ray_share: float = 0.0) ->
     runs = 0
     with s3.running(s3.moto()) as moto, s3.running(s3.Proxy(moto)) as proxy:
         assert isinstance(proxy, s3.Proxy)
-        os.environ["AWS_ENDPOINT_URL"] = proxy.url
+        # What this process asks goes past the proxy, and meets none of its faults.
+        os.environ["AWS_ENDPOINT_URL"] = moto.url
         type(storage.filesystem(STORE)[0]).clear_instance_cache()
         storage.filesystem(STORE)[0].mkdir("faults")
         state = Harness(proxy, recipe, draw)
-        state.reference()
+        state.expected, state.losses, state.seconds = state.reference()
+        decks: dict[bool, list[str]] = {False: [], True: []}
+
+        def next_kind(with_ray: bool) -> str:
+            """Every kind once, in a drawn order, before any comes again; those of Ray first."""
+            if not decks[with_ray]:
+                decks[with_ray] = [*draw.sample(KINDS, len(KINDS)), *(("head", "worker") if with_ray else ())]
+            return decks[with_ray].pop()
+
         while len(state.log) < injections:
             left = injections - len(state.log)
             runs += 1
@@ -306,8 +353,7 @@ def harness(folder: Path, seed: int, injections: int, ray_share: float = 0.0) ->
                 print(f"{len(state.log)}/{injections} faults in {runs} runs: disk", flush=True)
                 continue
             with_ray = draw.random() < ray_share
-            kinds = (*KINDS, "worker", "worker", "head", "head") if with_ray else KINDS
-            chosen = [draw.choice(kinds) for _ in range(min(left, draw.randint(1, PER_RUN)))]
+            chosen = [next_kind(with_ray) for _ in range(min(left, draw.randint(1, PER_RUN)))]
             state.run(chosen, *(("ray.backend=ray", "ray.num_workers=2") if with_ray else ()))
             print(f"{len(state.log)}/{injections} faults in {runs} runs: {' '.join(chosen)}", flush=True)
     counts = Counter(entry["kind"] for entry in state.log)
@@ -318,7 +364,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--injections", type=int, default=50)
-    parser.add_argument("--ray-share", type=float, default=0.1)
+    parser.add_argument("--ray-share", type=float, default=0.2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

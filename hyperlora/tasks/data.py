@@ -165,6 +165,8 @@ def _read(uri: str, field: str, data: DataConfig) -> Iterator[Row]:
         raise refused(f"allowed: {data.format} (nested too deeply)") from error
     except (ValueError, csv.Error) as error:
         raise refused(f"allowed: {data.format} ({error})") from error
+    except Exception as error:  # of a store's own library
+        raise refused(f"allowed: a file that can be read ({type(error).__name__}: {error})") from error
 
 
 def _bounded(stream: Any) -> Iterator[str]:
