@@ -93,6 +93,47 @@ def test_what_cannot_be_resumed(recipe_file: Path, capfd: pytest.CaptureFixture)
     assert "this run is finished" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("change", ["another row", "another word"])
+def test_a_run_does_not_go_on_with_other_rows(recipe_file: Path, change: str, capfd: pytest.CaptureFixture) -> None:
+    original = [json.dumps({"question": f"What is {n} and 1?", "answer": f"#### {n + 1}"}) for n in range(64)]
+    data = recipe_file.parent / "train.jsonl"
+    data.write_text("\n".join(original))
+    (recipe_file.parent / "eval.jsonl").write_text("\n".join(original[:8]))
+    fields = {"source": "files", "root": str(data.parent), "train": "train.jsonl", "eval": "eval.jsonl"}
+    changes = [f"data.{k}={v}" for k, v in (fields | {"prompt": "question", "completion": "answer"}).items()]
+    changes.append("data.train_rows=null")
+    kill_after_a_checkpoint(recipe_file, *changes)
+    other = original[0].replace("0 and", "7 and")
+    rows = [*original, other] if change == "another row" else [other, *original[1:]]
+    data.write_text("\n".join(rows))
+    capfd.readouterr()
+    assert main([*command(recipe_file, *changes), "--resume"]) == 2
+    message = " ".join(capfd.readouterr().err.split())
+    assert f"data: got '{len(rows)} training rows, " in message
+    assert "was trained on: 64, SHA-256 of their tokens" in message
+    data.write_text("\n".join(original))
+    run(recipe_file, *changes, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "run.json; a folder whose run.json is a JSON object or list (JSONDecodeError"),
+        ("{}", "run.json; the record of a run, with its recipe"),
+        ("[]", "run.json; the record of a run, with its recipe"),
+        ("[" * 100_000, "run.json; a folder whose run.json is a JSON object or list (RecursionError"),
+    ],
+)
+def test_a_damaged_record_is_refused_by_its_name(
+    recipe_file: Path, content: str, expected: str, capfd: pytest.CaptureFixture
+) -> None:
+    folder = recipe_file.parent / "runs/small-20260101-000000"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(content)
+    assert main([*command(recipe_file), "--resume"]) == 2
+    assert expected in " ".join(capfd.readouterr().err.split()).replace("'", "")
+
+
 def test_an_incomplete_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
     checkpoint.save(str(tmp_path), 5, {}, {"step": 5}, {"a.json": b"{}"})
     checkpoint.save(str(tmp_path), 10, {}, {"step": 10}, {"a.json": b"{}"})

@@ -248,6 +248,17 @@ def test_training_goes_on_while_the_server_is_away(proxy: s3.Proxy, recipe_file:
     assert saved.trainer["step"] == 40
 
 
+@pytest.mark.parametrize(("fault", "has"), [(None, True), ("unconditional", False), ("deaf", False)])
+def test_the_doctor_asks_the_store_itself_for_a_conditional_write(
+    proxy: s3.Proxy, fault: str | None, has: bool
+) -> None:
+    storage.write(f"{STORE}/probe", b"one")
+    if fault is not None:
+        proxy.faults({"kind": fault, "times": 9})
+    assert storage.refuses_overwriting(f"{STORE}/probe", b"two") is has
+    assert storage.read(f"{STORE}/probe") == (b"two" if fault == "deaf" else b"one")
+
+
 def test_an_end_that_cannot_be_stored_is_kept_here(
     proxy: s3.Proxy, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:

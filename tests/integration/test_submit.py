@@ -59,7 +59,12 @@ def test_a_job_trains_on_the_cluster_as_a_local_run_does(address: str, tmp_path:
     listed = hyperlora("jobs", "--address", address)
     assert re.search(rf"{done['job_id']}\s+SUCCEEDED", listed.stdout), listed
     assert "topsecret" not in listed.stdout
-    assert "held-out exact match" in hyperlora("logs", done["job_id"], "--address", address).stdout
+    summary = tmp_path / "logs.json"
+    shown = hyperlora("logs", done["job_id"], "--address", address, "--json", str(summary)).stdout
+    assert "held-out exact match" in shown
+    told = json.loads(summary.read_text())
+    assert (told["job_id"], told["status"]) == (done["job_id"], "SUCCEEDED")
+    assert "held-out exact match" in told["logs"]
 
 
 def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(address: str, tmp_path: Path) -> None:
@@ -74,10 +79,12 @@ def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(addre
     for line in follower.stdout:
         if (shown := re.search(r"step (\d+)/100", line)) and int(shown[1]) >= 1:
             break
-    stopped = hyperlora("stop", job["job_id"], "--address", address)
+    summary = tmp_path / "stop.json"
+    stopped = hyperlora("stop", job["job_id"], "--address", address, "--json", str(summary))
     rest = follower.communicate(timeout=60)[0]
     assert stopped.returncode == 0, rest
     assert follower.returncode == 143
+    assert json.loads(summary.read_text()) == {"job_id": job["job_id"], "status": "STOPPED"}
     (saved,) = tmp_path.glob("runs/long-*/checkpoints/*/trainer.json")
     step = json.loads(saved.read_text())["step"]
     assert 1 <= step < 100

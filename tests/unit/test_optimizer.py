@@ -6,6 +6,7 @@ import copy
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,9 +73,10 @@ def test_state_of_another_run_is_refused() -> None:
         build_optimizer(build_llama(rank=2), "adalora", target_rank=1).load_state_dict(state)
 
 
-def test_lora_is_adamw_on_a_and_b() -> None:
-    ours, theirs = build_llama(), build_llama()
-    optimizer = build_optimizer(ours, "lora", lr=1e-2)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_lora_and_dora_are_adamw_on_their_parameters(method: str) -> None:
+    ours, theirs = (build_llama(dora=METHODS[method].dora) for _ in range(2))
+    optimizer = build_optimizer(ours, method, lr=1e-2)
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
     ids, losses = build_batch(), []
@@ -190,6 +192,13 @@ def worker(rank: int, folder: str, method: str) -> None:
     optimizer = build_optimizer(model, method, process_group=dist.group.WORLD)
     ids = build_batch().chunk(2)[rank]
     losses = []
+    reduce, reductions = dist.all_reduce, []
+
+    def counted(tensor: torch.Tensor, **options: Any) -> None:
+        reductions.append(tensor.dim())
+        reduce(tensor, **options)
+
+    dist.all_reduce = counted
     for step in range(14):
         loss = model(input_ids=ids, labels=ids).loss
         if step == 10 and rank == 1:
@@ -198,7 +207,7 @@ def worker(rank: int, folder: str, method: str) -> None:
         optimizer.step(metrics=loss.detach().reshape(1))
         optimizer.zero_grad()
         losses.append(optimizer.stats["metrics"].item())
-    torch.save({"losses": losses, "adapter": adapter(model)}, f"{folder}/{rank}.pt")
+    torch.save({"losses": losses, "adapter": adapter(model), "reductions": reductions}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -209,6 +218,7 @@ def test_two_processes_are_one_and_a_bad_step_of_one_is_skipped_by_both(method: 
         one, two = (torch.load(Path(folder) / f"{rank}.pt") for rank in range(2))
     for name, tensor in one["adapter"].items():
         assert torch.equal(tensor, two["adapter"][name]), name
+    assert one["reductions"] == [1] * 14, "one flat all-reduce a step"
     model = build_llama()
     optimizer = build_optimizer(model, method)
     alone = train_steps(model, optimizer, 10)
