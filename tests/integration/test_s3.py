@@ -205,8 +205,8 @@ def test_transient_faults_cost_nothing_but_time(proxy: s3.Proxy, recipe_file: Pa
 class Outage(Silent):
     """Stops the server after one step and starts it after another."""
 
-    def __init__(self, server: s3.Server, stop: int, start: int) -> None:
-        self._server, self._stop, self._start = server, stop, start
+    def __init__(self, server: s3.Server, run: str, stop: int, start: int) -> None:
+        self._server, self._run, self._stop, self._start = server, run, stop, start
         self.warnings: list[tuple[int, str]] = []
         self.metrics: dict[str, list[float]] = {}
 
@@ -214,13 +214,20 @@ class Outage(Silent):
         for name, value in metrics.items():
             self.metrics.setdefault(name, []).append(value)
         if step == self._stop:
-            time.sleep(1)  # what is in flight arrives
+            self._arrived(step - step % 5)
             self._server.stop()
         if step == self._start:
             time.sleep(3)  # what is in flight fails
             self._server.start()
         if step == self._start + 4:
-            time.sleep(2)  # what is in flight arrives
+            self._arrived(step - step % 5)
+
+    def _arrived(self, step: int) -> None:
+        """Wait until the checkpoint of a step is committed."""
+        deadline = time.monotonic() + 120
+        while step not in map(checkpoint.step_of, checkpoint.committed(self._run)):
+            assert time.monotonic() < deadline, f"the checkpoint of step {step} was not written"
+            time.sleep(0.1)
 
     def warning(self, monitor: str, step: int, message: str) -> None:
         self.warnings.append((step, message))
@@ -229,7 +236,7 @@ class Outage(Silent):
 def test_training_goes_on_while_the_server_is_away(proxy: s3.Proxy, recipe_file: Path) -> None:
     content = recipe(recipe_file, steps=40)
     content = content.model_copy(update={"storage": content.storage.model_copy(update={"retry_seconds": 2})})
-    sink = Outage(proxy, 12, 33)
+    sink = Outage(proxy, f"{STORE}/away", 12, 33)
     outcome = train(content, RunInfo(f"{STORE}/away"), sink=sink)
     assert outcome["steps"] == 40
     ((step, message),) = sink.warnings
