@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,28 @@ def rows(count: int = 96) -> Dataset:
     width = max(len(i) for i in ids)
     padded = [{"input_ids": i + [0] * (width - len(i)), "labels": i + [-100] * (width - len(i))} for i in ids]
     return Dataset.from_list(padded)
+
+
+def test_the_code_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the model that ships, and fewer steps."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"## In your own training loop\n+```python\n(.*?)```", readme, re.DOTALL)
+    assert len(code.strip().splitlines()) <= 10, "ten lines"
+    for there, here in (
+        ('"Qwen/Qwen2.5-7B", dtype="bfloat16", device_map="cuda"', repr(BASE)),
+        ("1000", "20"),
+        ("start=100, final=400", "start=2, final=8"),
+    ):
+        assert there in code
+        code = code.replace(there, here)
+    monkeypatch.chdir(tmp_path)
+    Path("readme.py").write_text(code, encoding="utf-8")
+    runpy.run_path("readme.py", {"data": rows()})
+    weights = load_file("adapter/adapter_model.safetensors")
+    pairs = [(a, weights[name.replace("lora_A", "lora_B")]) for name, a in weights.items() if "lora_A" in name]
+    assert len(pairs) == 28
+    live = sum(int(torch.linalg.matrix_rank(b @ a)) for a, b in pairs)
+    assert live == 8 * len(pairs), "ranks went from 16 to 8 on average"
 
 
 def arguments(folder: Path, **changes) -> TrainingArguments:
