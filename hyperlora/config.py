@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -712,7 +712,24 @@ def _uri_problems(recipe: Recipe) -> list[Problem]:
     }
     checked = [(field, uri, uris.problem(uri)) for field, uri in places.items() if uri is not None]
     checked += [(field, uri, uris.secret_problem(uri)) for field, uri in others.items() if uri is not None]
-    return [Problem(field, uris.redacted(uri), allowed) for field, uri, allowed in checked if allowed is not None]
+    found = [Problem(field, uris.redacted(uri), allowed) for field, uri, allowed in checked if allowed is not None]
+    # Whatever else a recipe says ends in logs and in MLflow as well.
+    for field, text in _texts(recipe.model_dump(mode="json")):
+        if field not in places | others and uris.without_secrets(text) != text:
+            found.append(Problem(field, uris.without_secrets(text), uris.WITHOUT_CREDENTIALS))
+    return found
+
+
+def _texts(content: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a recipe with the field that it belongs to."""
+    if isinstance(content, str):
+        yield field, content
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield from _texts(value, f"{field}.{key}" if field else str(key))
+    elif isinstance(content, list):
+        for value in content:
+            yield from _texts(value, field)
 
 
 def _model_problems(model: ModelConfig) -> list[Problem]:

@@ -16,7 +16,7 @@ _OPTION = re.compile(rf"([?&]\w*(?:{_SECRET.pattern.replace('^', '').replace('$'
 LONGEST_NAME = 255
 #: Schemes whose account, without a password, is a name.
 _NAMED = ("az", "abfs", "postgresql", "mysql", "mssql")
-_WITHOUT_CREDENTIALS = "allowed: a URI without credentials; they come from the environment (docs/security.md)"
+WITHOUT_CREDENTIALS = "allowed: a URI without credentials; they come from the environment (docs/security.md)"
 #: Protocol of a store to the package that speaks it and what installs that.
 _STORES = {
     "s3": ("s3fs", "hyperadalora"),
@@ -60,14 +60,14 @@ def secret_problem(uri: str) -> str | None:
     if "://" not in uri:
         return None
     if _PASSWORD.search(uri):
-        return _WITHOUT_CREDENTIALS
+        return WITHOUT_CREDENTIALS
     try:
         parts = urlsplit(uri)
     except ValueError as error:
         return f"allowed: a URI ({error})"
     account, at, _ = parts.netloc.rpartition("@")
     named = any(_SECRET.search(key) for key, _ in parse_qsl(parts.query, keep_blank_values=True))
-    return _WITHOUT_CREDENTIALS if named or (at and _secret_account(parts.scheme, account)) else None
+    return WITHOUT_CREDENTIALS if named or (at and _secret_account(parts.scheme, account)) else None
 
 
 def _secret_account(scheme: str, account: str) -> bool:

@@ -301,6 +301,9 @@ def test_places_of_an_export(tmp_path: Path, refused: Refused, source: str, targ
         "model.tokenizer=https://user:hunter2@host/model",
         "ray.address=ray://user:hunter2@host:10001",
         "model.config.token=hunter2",
+        "model.config.origin=https://user:hunter2@host/model",
+        "description=rows of https://user:hunter2@host/data",
+        "mlflow.experiment=s3://b/x?secret_key=hunter2",
         "https://user:hunter2@host/model",
     ],
 )
