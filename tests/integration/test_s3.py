@@ -45,13 +45,21 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Callable[[s3.Server], None]:
     return use
 
 
+def make_bucket() -> None:
+    """An empty one, whatever an earlier test has left."""
+    fs = storage.filesystem(STORE)[0]
+    if fs.exists("bucket"):
+        fs.rm("bucket", recursive=True)
+    fs.mkdir("bucket")
+
+
 @pytest.fixture
 def proxy(moto: s3.Server, endpoint: Callable[[s3.Server], None]) -> Iterator[s3.Proxy]:
     """An endpoint with conditional writes, and an empty bucket."""
     with s3.running(s3.Proxy(moto)) as server:
         assert isinstance(server, s3.Proxy)
         endpoint(server)
-        storage.filesystem(STORE)[0].mkdir("bucket")
+        make_bucket()
         yield server
         if server._process is None:
             server.start()
@@ -114,6 +122,9 @@ def recipe(recipe_file: Path, **training: Any) -> Recipe:
     return parse(content | {"training": content["training"] | training})
 
 
+LONG = ("training.steps=60", "training.checkpoint_every=40")
+
+
 def warnings(result: dict[str, Any]) -> list[str]:
     return [w["message"] for w in result["warnings"] if w["monitor"] == "checkpoint"]
 
@@ -128,15 +139,15 @@ def test_killed_within_an_upload_the_run_resumes_to_the_same_adapter(
     with server as backend, s3.running(s3.Proxy(backend)) as proxy:
         assert isinstance(proxy, s3.Proxy)
         endpoint(proxy)
-        storage.filesystem(STORE)[0].mkdir("bucket")
+        make_bucket()
         always = [{"kind": store, "times": 10**6}] if store in ("unconditional", "deaf") else []
         proxy.faults(*always)
-        whole = run(recipe_file, "training.steps=60")
+        whole = run(recipe_file, *LONG)
         expected = adapter(whole)
         storage.remove_tree(STORE)
-        # The second checkpoint's tensors are on their way when everything dies.
-        proxy.faults({"kind": "slow", "seconds": 600, "match": "step-00000010", "method": "PUT"}, *always)
-        running = process(recipe_file, "training.steps=60")
+        # The last checkpoint's tensors are on their way when everything dies; none before it waits and is replaced.
+        proxy.faults({"kind": "slow", "seconds": 600, "match": "step-00000060", "method": "PUT"}, *always)
+        running = process(recipe_file, *LONG)
         wait_for(lambda: any(line.startswith("slow") for line in proxy.happened()), running)
         kill(running)
         proxy.stop()
@@ -144,8 +155,8 @@ def test_killed_within_an_upload_the_run_resumes_to_the_same_adapter(
         proxy.faults(*always)
         saved, refused = checkpoint.load_latest(folder())
         assert saved is not None
-        assert (saved.trainer["step"], refused) == (5, [])
-        resumed = run(recipe_file, "training.steps=60", "--resume")
+        assert (saved.trainer["step"], refused) == (40, [])
+        resumed = run(recipe_file, *LONG, "--resume")
         if always:
             assert any(line.startswith(store) for line in proxy.happened()), "the store was never asked"
         assert adapter(resumed) == expected
