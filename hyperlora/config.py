@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -443,6 +443,25 @@ class RecipeError(ValueError):
         return type(self), (self.problems,)
 
 
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: all problems of a recipe, the first line of anything else, or its type."""
+    if isinstance(error, RecipeError):
+        return "; ".join(map(str, error.problems))
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A recipe file as nested dictionaries.
 
@@ -714,22 +733,10 @@ def _uri_problems(recipe: Recipe) -> list[Problem]:
     checked += [(field, uri, uris.secret_problem(uri)) for field, uri in others.items() if uri is not None]
     found = [Problem(field, uris.redacted(uri), allowed) for field, uri, allowed in checked if allowed is not None]
     # Whatever else a recipe says ends in logs and in MLflow as well.
-    for field, text in _texts(recipe.model_dump(mode="json")):
-        if field not in places | others and uris.without_secrets(text) != text:
-            found.append(Problem(field, uris.without_secrets(text), uris.WITHOUT_CREDENTIALS))
+    for field, value in flatten(recipe.model_dump(mode="json")).items():
+        if field not in places | others and uris.without_secrets(str(value)) != str(value):
+            found.append(Problem(field, uris.without_secrets(str(value)), uris.WITHOUT_CREDENTIALS))
     return found
-
-
-def _texts(content: Any, field: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of a recipe with the field that it belongs to."""
-    if isinstance(content, str):
-        yield field, content
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            yield from _texts(value, f"{field}.{key}" if field else str(key))
-    elif isinstance(content, list):
-        for value in content:
-            yield from _texts(value, field)
 
 
 def _model_problems(model: ModelConfig) -> list[Problem]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from hyperlora import storage, tokens, uris
-from hyperlora.config import MLflowConfig
+from hyperlora.config import MLflowConfig, first_line
 
 #: Free bytes below which a checkpoint, a model or Ray's object store may not fit.
 SMALL_DISK = 10 * 2**30
@@ -99,8 +99,9 @@ def tracking(config: MLflowConfig) -> Check:
     try:
         mlflow.probe(config)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return Check("MLflow", "fail", reason, "start the server, or set mlflow.tracking_uri; MLFLOW_TRACKING_TOKEN")
+        return Check(
+            "MLflow", "fail", first_line(error), "start the server, or set mlflow.tracking_uri; MLFLOW_TRACKING_TOKEN"
+        )
     return Check("MLflow", "ok", f"{shown}: a run written in {time.monotonic() - began:.1f} s")
 
 

@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hyperlora import capacity, packed, storage, training
 from hyperlora.adapters import load_tokenizer
 from hyperlora.capacity import Node
-from hyperlora.config import Problem, Recipe, RecipeError, parse
+from hyperlora.config import Problem, Recipe, RecipeError, first_line, parse
 from hyperlora.stopping import Notice
 from hyperlora.storage import StorageError, patiently
 from hyperlora.tasks import build_task, shared_rows
@@ -329,5 +329,5 @@ def _reason(error: BaseException) -> str:
     lines = []
     for rank, failure in sorted(failures.items()):
         cause = failure.cause if isinstance(failure, RayTaskError) else failure
-        lines.append(f"worker {rank}: {type(cause).__name__}: {str(cause).strip().splitlines()[0]}")
+        lines.append(f"worker {rank}: {type(cause).__name__}: {first_line(cause)}")
     return "training failed on the workers\n  " + "\n  ".join(lines)

@@ -10,10 +10,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from hyperlora.adapters import resolve_path
-from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.config import Problem, Recipe, RecipeError, flatten
 from hyperlora.runs import FREE
 from hyperlora.tasks.data import survey
-from hyperlora.tracking import flatten
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:

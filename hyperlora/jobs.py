@@ -33,7 +33,7 @@ from requests.exceptions import RequestException
 
 from hyperlora import tokens
 from hyperlora.capacity import Node
-from hyperlora.config import Problem, RecipeError
+from hyperlora.config import Problem, RecipeError, first_line
 
 PACKAGES = ("hyperlora", "pipelines", "tune_spaces")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "runs", "mlflow.db", "mlartifacts", "mlruns")
@@ -201,12 +201,11 @@ def follow(address: str, job_id: str, show: Callable[[str], None], lost: Callabl
         except (RecipeError, RuntimeError, aiohttp.ClientError, OSError) as error:
             if isinstance(error, RuntimeError) and re.search(r"status code 404|does not exist", str(error)):
                 raise RecipeError([Problem("ID", job_id, f"a job of {address}; hyperlora jobs lists them")]) from error
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if time.monotonic() - silent_since > LOST:
-                allowed = f"a cluster that answers; it has not for {LOST / 60:.0f} minutes ({reason})"
+                allowed = f"a cluster that answers; it has not for {LOST / 60:.0f} minutes ({first_line(error)})"
                 raise RecipeError([Problem("--address", address, allowed)]) from error
             if not told:
-                lost(reason)
+                lost(first_line(error))
                 told = True
         time.sleep(RETRY)
 

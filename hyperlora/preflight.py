@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hyperlora.adapters import attach, load_config, load_tokenizer, model_problems, prepare, weight_problems
-from hyperlora.config import METHODS, Problem, Recipe, RecipeError
+from hyperlora.config import METHODS, Problem, Recipe, RecipeError, first_line
 from hyperlora.monitors import read_baseline
 from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.tasks import Task, build_task
@@ -90,8 +90,7 @@ def meta_model(recipe: Recipe, task: Task, total_steps: int) -> PeftModel:
         try:
             base = factory.from_config(config, dtype=getattr(torch, recipe.model.dtype))
         except ValueError as error:
-            reason = str(error).strip().splitlines()[0][:300]
-            allowed = f"a model for task.kind={recipe.task.kind} ({reason})"
+            allowed = f"a model for task.kind={recipe.task.kind} ({first_line(error)[:300]})"
             raise RecipeError([Problem("model.path", recipe.model.path, allowed)]) from error
         problems = weight_problems(recipe.model, base) + _row_problems(recipe, task, base)
         if problems:

@@ -31,7 +31,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from hyperlora import storage
-from hyperlora.config import MLflowConfig, Problem, RecipeError
+from hyperlora.config import MLflowConfig, Problem, RecipeError, first_line
 from hyperlora.storage import patiently
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -133,7 +133,7 @@ def pull(tracking_uri: str, model_uri: str, folder: str) -> dict[str, Any]:
             files = {p.name: p.read_bytes() for p in Path(found).iterdir() if p.name in (*FILES, RECORD)}
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            allowed = f"a version that is registered in {tracking_uri} ({_first_line(error)})"
+            allowed = f"a version that is registered in {tracking_uri} ({first_line(error)})"
             raise RecipeError([Problem("MODEL", model_uri, allowed)]) from error
         raise tracking.unreachable(tracking_uri, error) from error
     except OSError as error:
@@ -223,7 +223,3 @@ def _beats(facts: Mapping[str, Any], champion: tuple[Any, Mapping[str, Any]] | N
     better = mine > theirs if facts["higher_is_better"] else mine < theirs
     name, relation = facts["metric"].replace("_", " "), "beats" if better else "does not beat"
     return better, f"{name} {mine:.6g} {relation} {theirs:.6g} of version {number}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

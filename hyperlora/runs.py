@@ -16,10 +16,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hyperlora import storage
-from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.config import Problem, Recipe, RecipeError, flatten
 from hyperlora.ownership import Lease, OwnedElsewhereError
 from hyperlora.storage import patiently
-from hyperlora.tracking import flatten
 from hyperlora.training import RunInfo
 
 # What may change between a run and its resumption: where and on what it runs, not what it computes.

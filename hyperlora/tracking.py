@@ -31,7 +31,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from hyperlora import __version__, spool, storage
-from hyperlora.config import MLflowConfig, Problem, Recipe, RecipeError
+from hyperlora.config import MLflowConfig, Problem, Recipe, RecipeError, first_line, flatten
 from hyperlora.spool import Spool
 
 logger = logging.getLogger(__name__)
@@ -87,17 +87,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def start(recipe: Recipe, run_uri: str, run_name: str, facts: Mapping[str, Any]) -> str:
     """Create the MLflow run of a training run and log what is known before it starts; returns the run id.
 
@@ -131,8 +120,8 @@ def experiment(client: MlflowClient, config: MLflowConfig) -> str:
 
 def unreachable(uri: str, error: Exception) -> RecipeError:
     """What to tell the user when the server or database does not answer."""
-    reason = str(error).strip().splitlines()[0]
-    return RecipeError([Problem("mlflow.tracking_uri", uri, f"a reachable server or database ({reason})")])
+    allowed = f"a reachable server or database ({first_line(error)})"
+    return RecipeError([Problem("mlflow.tracking_uri", uri, allowed)])
 
 
 def start_search(
@@ -327,7 +316,7 @@ def _tell(run_id: str, action: Callable[[], Any]) -> None:
     try:
         action()
     except ERRORS as error:
-        logger.warning("MLflow run %s could not be updated: %s", run_id, str(error).splitlines()[0])
+        logger.warning("MLflow run %s could not be updated: %s", run_id, first_line(error))
 
 
 def _finish(client: MlflowClient, run_id: str, outcome: Mapping[str, Any]) -> None:
@@ -426,7 +415,7 @@ class MLflowSink:
                 self._spool.remove(len(records))
         except (MlflowException, OSError) as error:
             if not self._away:
-                logger.warning("MLflow is away, metrics wait for it: %s", str(error).splitlines()[0])
+                logger.warning("MLflow is away, metrics wait for it: %s", first_line(error))
             self._away = True
 
     def _deliver(self, records: list[dict[str, Any]]) -> None:

@@ -750,6 +750,10 @@ class Trainer:
                 f"the rows that {saved.uri} was trained on: {then['rows']}, SHA-256 of their tokens {then['sha256']}"
             )
             raise RecipeError([Problem("data", f"{data['rows']} training rows, {data['sha256']}", allowed)])
+        if trainer["total_steps"] != self.total_steps:
+            raise RecipeError(
+                [Problem("training", self.total_steps, f"the {trainer['total_steps']} steps of {saved.uri}")]
+            )
         optimizer = {k.removeprefix("optimizer."): v for k, v in saved.tensors.items() if k.startswith("optimizer.")}
         try:
             self.optimizer.load_state_dict({**trainer["optimizer"], "state": optimizer})

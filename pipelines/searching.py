@@ -14,7 +14,7 @@ from rich.console import Console
 
 from hyperlora import table, tracking
 from hyperlora.comparison import Record
-from hyperlora.config import Recipe
+from hyperlora.config import Recipe, first_line
 from hyperlora.fingerprint import recipe_fingerprint
 from hyperlora.search import Result, Trial, run
 from pipelines.common import replace_bytes
@@ -153,8 +153,7 @@ def tracked_trials(
                 log_now(result)
             except tracking.ERRORS as error:
                 if not late:
-                    told = str(error).splitlines()[0]
-                    logger.warning("MLflow does not answer; trials are logged at the end: %s", told)
+                    logger.warning("MLflow does not answer; trials are logged at the end: %s", first_line(error))
                 late.append(result)
 
         def log_now(result: Result) -> None:
@@ -175,8 +174,7 @@ def tracked_trials(
                     log_now(trial)
                 tracking.finish_search(recipe, parent, figures(result), [out / name for name in files], status)
             except tracking.ERRORS as error:
-                told = str(error).splitlines()[0]
-                logger.warning("MLflow lacks what is in %s; the same command logs it: %s", out, told)
+                logger.warning("MLflow lacks what is in %s; the same command logs it: %s", out, first_line(error))
 
         yield log, finish
 

@@ -15,7 +15,7 @@ import fsspec
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
-from hyperlora.config import DataConfig, Problem, RecipeError, template_columns
+from hyperlora.config import DataConfig, Problem, RecipeError, first_line, template_columns
 from hyperlora.tasks import generated
 
 Row = dict[str, Any]
@@ -99,8 +99,7 @@ def _source(data: DataConfig, part: Parts, name: str | None, limit: int | None) 
         try:
             return load_dataset(data.root, data.subset, split=name)
         except (OSError, ValueError, DatasetsError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            allowed = f"the hub name of a data set with split {name!r} ({reason})"
+            allowed = f"the hub name of a data set with split {name!r} ({first_line(error)})"
             raise RecipeError([Problem("data.root", data.root, allowed)]) from error
     return _read(f"{str(data.root).rstrip('/')}/{name}", f"data.{part}", data)
 
