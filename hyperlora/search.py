@@ -33,7 +33,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from hyperlora import runs, storage, training, warm_start
 from hyperlora.config import Recipe, parse
-from hyperlora.stopping import terminable
+from hyperlora.stopping import Notice, TerminatedError
 from hyperlora.storage import patiently
 from hyperlora.training import NonFiniteError, RunInfo, Silent
 
@@ -113,7 +113,7 @@ def run(
     settings = recipe.ray.model_copy(update={"num_workers": concurrency})
     rows = share_rows(recipe)
     # Ray takes SIGTERM for itself when it starts.
-    with cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False), terminable():
+    with cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False), Notice() as notice:
         # Processes are kept for the next trial, on a GPU as well: importing everything costs seconds.
         task = ray.remote(
             max_retries=0, max_calls=0, num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker
@@ -132,7 +132,12 @@ def run(
                 yield from ended
                 if not running:
                     return
-                (ready,), _ = ray.wait(list(running), num_returns=1)
+                over: list[Any] = []
+                while not over:
+                    if notice.given():
+                        raise TerminatedError
+                    over, _ = ray.wait(list(running), num_returns=1, timeout=1)
+                (ready,) = over
                 trial = running.pop(ready)
                 done[trial.name] = _result(trial, ready)
                 at_work = {trial.name for trial in running.values()}

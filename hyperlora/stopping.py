@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -42,21 +40,4 @@ class Notice:
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM has come to a search, which ends it as Ctrl-C does."""
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Within the block SIGTERM raises :class:`TerminatedError`; in any but the main thread it changes nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise TerminatedError
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    """SIGTERM has come to a search, which ends it as Ctrl-C does, between two things that it does."""

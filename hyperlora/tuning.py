@@ -51,7 +51,7 @@ from hyperlora.search import (
     recorded,
     write,
 )
-from hyperlora.stopping import terminable
+from hyperlora.stopping import Notice, TerminatedError
 from hyperlora.training import NonFiniteError, RunInfo, Silent
 
 VALUES, REPORTS, STOPPED = "values.json", "reports.json", "stopped.json"
@@ -173,10 +173,10 @@ def run(
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     rows = share_rows(recipe) if trainable is None else ""
     # Ray takes SIGTERM for itself when it starts.
-    with cluster(recipe, verbose, dashboard=settings.most > 1), terminable():
+    with cluster(recipe, verbose, dashboard=settings.most > 1), Notice() as notice:
         most = _capacity(recipe)
         at_once = max(1, min(most, search.concurrency or most))
-        driver = _Driver(search, proposals, waiting, lambda trial: started(trial, at_once), over)
+        driver = _Driver(search, proposals, waiting, lambda trial: started(trial, at_once), over, notice)
         alone = settings.most == 1
         own = {"CPU": settings.cpus_per_worker} | (
             {"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}
@@ -258,9 +258,10 @@ class _Driver(tune.Callback):
         waiting: Sequence[Trial],
         started: Callable[[Trial], None],
         over: Callable[[Result], None],
+        notice: Notice,
     ) -> None:
         self._search, self._proposals, self._waiting = search, proposals, list(waiting)
-        self._started, self._told = started, over
+        self._started, self._told, self._notice = started, over, notice
         self._number = 1 + max((int(t.name.removeprefix("t")) for t in known(search)), default=0)
         self._running: dict[str, Trial] = {}
         self.stopped: list[Trial] = []
@@ -283,6 +284,11 @@ class _Driver(tune.Callback):
             write(trial.uri, VALUES, values)
         self._running[trial.name] = trial
         return trial
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        # Here, where nothing is half done: an exception of a signal would come out of whatever is at work.
+        if self._notice.given():
+            raise TerminatedError
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._started(self._running[trial.config["name"]])
