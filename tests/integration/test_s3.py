@@ -92,10 +92,10 @@ def process(recipe: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition: Callable[[], Any], running: subprocess.Popen[str]) -> Any:
+def wait_for(condition: Callable[[], Any], running: subprocess.Popen[str] | None = None) -> Any:
     deadline = time.monotonic() + 300
     while not (found := condition()):
-        assert running.poll() is None, running.communicate()[1]
+        assert running is None or running.poll() is None, running.communicate()[1]
         assert time.monotonic() < deadline, "not within five minutes"
         time.sleep(0.02)
     return found
@@ -319,13 +319,14 @@ def test_a_second_command_on_the_same_run_is_refused(
 
 
 class TakenOver(Silent):
-    """Somebody else claims the run after a step."""
+    """Somebody else claims the run after a step, once a checkpoint of it is committed."""
 
     def __init__(self, uri: str, step: int) -> None:
         self._uri, self._step = uri, step
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         if step == self._step:
+            wait_for(lambda: checkpoint.committed(self._uri))
             number = max(ownership.number(name) for name in ownership._claims(self._uri)) + 1
             storage.write(f"{self._uri}/owners/{number:08d}-00c0ffee.json", storage.pack_json({"released": False}))
 
