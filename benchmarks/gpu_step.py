@@ -16,6 +16,7 @@ import copy
 import gc
 import statistics
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,38 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(subject: Subject, ids: torch.Tensor) -> dict[str, float]:
-    """Seconds of one training step: forward and backward, then everything after."""
+    """Seconds of one training step as a loop takes it, and of the part after the backward pass in another step.
+
+    The host waits for the device around the whole step alone: what it does after the backward pass overlaps with what
+    the device still has to do, as in training. ``step_alone`` is from a second step, with the device idle before it.
+    """
     synchronize(ids.device)
     start = time.perf_counter()
+    subject.train_step(ids)
+    synchronize(ids.device)
+    total = time.perf_counter() - start
     subject.forward(ids).backward()
     synchronize(ids.device)
     middle = time.perf_counter()
     subject.step()
     synchronize(ids.device)
-    end = time.perf_counter()
-    return {"forward_backward": middle - start, "step": end - middle, "total": end - start}
+    return {"total": total, "step_alone": time.perf_counter() - middle}
+
+
+def host_waits(subject: Subject, ids: torch.Tensor) -> int | None:
+    """How often the host waits for the accelerator in what follows the backward pass; None on a CPU."""
+    if ids.device.type != "cuda":
+        return None
+    subject.forward(ids).backward()
+    synchronize(ids.device)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            subject.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in caught)
 
 
 def launches(subject: Subject, ids: torch.Tensor) -> int | None:
@@ -79,9 +102,9 @@ def measure_one(
         torch.cuda.reset_peak_memory_stats(ids.device)
     rows = [timed(subject, ids) for _ in range(repeats)]
     peak = torch.cuda.max_memory_allocated(ids.device) if ids.device.type == "cuda" else None
-    count = launches(subject, ids)
+    found = {"kernel_launches": launches(subject, ids), "host_waits": host_waits(subject, ids)}
     subject.model.unload()
-    return {"rows": rows, "peak_memory_bytes": peak, "kernel_launches": count}
+    return {"rows": rows, "peak_memory_bytes": peak, **found}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -120,8 +143,7 @@ def summarize(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "seconds": {key: statistics.median(row[key] for row in rows) for key in rows[0]},
         "seconds_by_round": [statistics.median(row["total"] for row in r["rows"]) for r in rounds],
-        "peak_memory_bytes": rounds[0]["peak_memory_bytes"],
-        "kernel_launches": rounds[0]["kernel_launches"],
+        **{key: rounds[0][key] for key in ("peak_memory_bytes", "kernel_launches", "host_waits")},
     }
 
 
@@ -130,16 +152,17 @@ def show(result: dict[str, Any]) -> None:
     print(
         f"{result['layers']} layers of width {result['hidden_size']}, rank {result['rank']}, {result['tokens']} tokens"
     )
-    print(f"{'':14}{'time ×LoRA':>12}{'step share':>12}{'peak ×LoRA':>12}{'launches':>10}{'over LoRA':>11}")
+    print(f"{'':14}{'time ×LoRA':>12}{'step alone':>12}{'peak ×LoRA':>12}{'launches':>10}{'over LoRA':>11}{'waits':>7}")
     for name, row in result["methods"].items():
-        time_ratio = row["seconds"]["total"] / base["seconds"]["total"]
-        share = row["seconds"]["step"] / row["seconds"]["total"]
-        peak = (
-            "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / base['peak_memory_bytes']:.3f}"
-        )
-        count = row["kernel_launches"]
-        over = "-" if count is None else f"{count - base['kernel_launches']:+}"
-        print(f"{name:14}{time_ratio:>12.3f}{share:>12.3f}{peak:>12}{'-' if count is None else count:>10}{over:>11}")
+        cells = [f"{row['seconds']['total'] / base['seconds']['total']:.3f}"]
+        cells += [f"{row['seconds']['step_alone'] / base['seconds']['total']:.3f}"]
+        if row["peak_memory_bytes"] is None:
+            cells += ["-"] * 4
+        else:
+            cells += [f"{row['peak_memory_bytes'] / base['peak_memory_bytes']:.3f}", f"{row['kernel_launches']}"]
+            cells += [f"{row['kernel_launches'] - base['kernel_launches']:+}", f"{row['host_waits']}"]
+        widths = (12, 12, 12, 10, 11, 7)
+        print(f"{name:14}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
 
 
 def main() -> None:
