@@ -90,9 +90,15 @@ def launches(subject: Subject, ids: torch.Tensor) -> int | None:
 
 
 def measure_one(
-    name: str, base: LlamaForCausalLM, ids: torch.Tensor, rank: int, repeats: int, spec: HypernetworkSpec | None
+    name: str,
+    base: LlamaForCausalLM,
+    ids: torch.Tensor,
+    rank: int,
+    repeats: int,
+    spec: HypernetworkSpec | None,
+    counts: bool,
 ) -> dict[str, Any]:
-    """One method, built on ``base`` and taken off it again."""
+    """One method, built on ``base`` and taken off it again; ``counts`` also what does not change between rounds."""
     subject = build_subject(name, base, rank, hypernetwork=spec)
     subject.model.enable_input_require_grads()
     for _ in range(WARM_UP):
@@ -102,9 +108,11 @@ def measure_one(
         torch.cuda.reset_peak_memory_stats(ids.device)
     rows = [timed(subject, ids) for _ in range(repeats)]
     peak = torch.cuda.max_memory_allocated(ids.device) if ids.device.type == "cuda" else None
-    found = {"kernel_launches": launches(subject, ids), "host_waits": host_waits(subject, ids)}
+    found = {"peak_memory_bytes": peak}
+    if counts:
+        found |= {"kernel_launches": launches(subject, ids), "host_waits": host_waits(subject, ids)}
     subject.model.unload()
-    return {"rows": rows, "peak_memory_bytes": peak, **found}
+    return {"rows": rows, **found}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for round_ in range(options.rounds):
         for n in range(len(METHODS)):
             name = METHODS[(n + round_) % len(METHODS)]
-            found[name].append(measure_one(name, base, ids, options.rank, options.repeats, spec))
+            found[name].append(measure_one(name, base, ids, options.rank, options.repeats, spec, round_ == 0))
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

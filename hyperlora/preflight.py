@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -44,8 +45,9 @@ class Estimate:
     """Of one run; bytes are for each worker, and ``rows`` is the fingerprint of the tokenised rows.
 
     ``activation_bytes`` follows Korthikanti et al. (arXiv 2205.05198, table 2, without the attention matrix, which
-    fused kernels do not keep): 34 bytes per token, hidden unit and layer in 16 bits, twice that in 32; with
-    recomputation the inputs of the layers and one layer's activations. Logits and their float32 gradient come on top.
+    fused kernels do not keep): 34 bytes per token, hidden unit and layer in 16 bits, twice that in 32. In 16 bits
+    PEFT's layers keep a float32 copy of every adapted module's input besides. Recomputation keeps the layers' inputs,
+    and at a time either one layer's activations or the logits with their float32 copy, softmax and gradient.
     """
 
     rows: str
@@ -229,7 +231,10 @@ def _activations(recipe: Recipe, task: Task, model: PeftModel, layers: int, hidd
     width = torch.empty((), dtype=getattr(torch, recipe.model.dtype)).element_size()
     per_pass = recipe.training.batch_size // recipe.ray.fewest // recipe.training.gradient_accumulation
     tokens = per_pass * min(recipe.task.max_length, task.packed.count("train", "longest"))
-    per_layer = 34 * hidden * width // 2
-    kept = 2 * width * hidden * layers + per_layer if recipe.model.gradient_checkpointing else per_layer * layers
+    copied = 4 * sum(m.in_features or 0 for m in model.modules() if isinstance(m, LoraLayer)) if width < 4 else 0
+    every_layer = 34 * hidden * width // 2 * layers + copied
     vocabulary = 0 if task.num_labels is not None else int(model.get_base_model().config.vocab_size)  # type: ignore
-    return tokens * (kept + vocabulary * (2 * max(width, 4) + width))
+    logits = vocabulary * (12 + width)
+    if recipe.model.gradient_checkpointing:
+        return tokens * (2 * width * hidden * layers + max(every_layer // layers, logits))
+    return tokens * (every_layer + logits)

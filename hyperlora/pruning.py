@@ -155,7 +155,7 @@ def prune_to(mask: Tensor, score: Tensor, live: int, budget: int) -> Tensor:
     ranked = score.masked_fill(~mask, float("inf")).flip(1).t().reshape(-1)
     drop = torch.sort(ranked, stable=True).indices[: live - budget]
     flat = mask.flip(1).t().reshape(-1).clone()
-    flat[drop] = False
+    flat.index_fill_(0, drop, False)  # an assignment would have the host wait for the device
     return flat.reshape(mask.shape[1], mask.shape[0]).t().flip(1).contiguous()
 
 

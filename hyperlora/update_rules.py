@@ -16,7 +16,8 @@ arrive: that is the second stage of the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -209,6 +210,21 @@ class DirectFactors:
         return self.factors.tensors()
 
 
+@contextmanager
+def reduced_products() -> Iterator[None]:
+    """Products of float32 matrices on a GPU in TF32, ten bits of mantissa: a hypernetwork's cost is its products.
+
+    Only what the hypernetworks compute: all else, and every CPU, keeps the precision that it has.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 class GeneratedFactors:
     """Hypernetworks generate P, λ, Q; AdamW runs on their parameters (and on D under ``hybrid``)."""
 
@@ -269,7 +285,7 @@ class GeneratedFactors:
     def _generate(self, live: list[Tensor]) -> None:
         """Run H on the current input and keep its graph."""
         outputs, inputs = len(self._input.p), self._input
-        with torch.enable_grad():
+        with torch.enable_grad(), reduced_products():
             generated = self.networks.p([t.transpose(1, 2) for t in inputs.p], live[:outputs])
             self._generated = [t.transpose(1, 2) for t in generated]
             if inputs.lam is not None:
@@ -301,7 +317,8 @@ class GeneratedFactors:
         pairs = [(out, g) for out, g in zip(self._generated, weighted, strict=True) if out.requires_grad]
         if not pairs:
             return []
-        return list(torch.autograd.grad([out for out, _ in pairs], self.phi, [g for _, g in pairs]))
+        with reduced_products():
+            return list(torch.autograd.grad([out for out, _ in pairs], self.phi, [g for _, g in pairs]))
 
     def advance(self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor]) -> None:
         phi = self.gradients(gradients)
