@@ -75,6 +75,7 @@ def build_subject(
     *,
     steps_done: int = 0,
     hypernetwork: HypernetworkSpec | None = None,
+    **changes: Any,
 ) -> Subject:
     """``name`` of :data:`METHODS` on ``base``, the baselines driven as their own documentation says.
 
@@ -84,6 +85,7 @@ def build_subject(
         rank: initial rank; the target is half of it.
         steps_done: where in the pruning schedule to start; events are at the multiples of :data:`INTERVAL`.
         hypernetwork: of ``hyperadalora``; ``None`` is the default one.
+        changes: other arguments of :class:`hyperlora.HyperAdaLoRA`.
     """
     torch.manual_seed(0)
     shared: dict[str, Any] = {"lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -102,15 +104,15 @@ def build_subject(
             [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0, foreach=True
         )
     else:
-        optimizer = HyperAdaLoRA(
-            model,
-            lr=1e-3,
-            method=name,
-            total_steps=TOTAL_STEPS,
-            target_rank=rank / 2,
-            pruning=Pruning(interval=INTERVAL, start=INTERVAL, final=100),
-            hypernetwork=hypernetwork,
-        )
+        settings: dict[str, Any] = {
+            "lr": 1e-3,
+            "method": name,
+            "total_steps": TOTAL_STEPS,
+            "target_rank": rank / 2,
+            "pruning": Pruning(interval=INTERVAL, start=INTERVAL, final=100),
+            "hypernetwork": hypernetwork,
+        }
+        optimizer = HyperAdaLoRA(model, **settings | changes)
         optimizer.steps_done = steps_done
     done = steps_done
 

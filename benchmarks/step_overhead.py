@@ -11,11 +11,12 @@ their share of a real step see ``gpu_step.py``). PEFT's AdaLoRA is driven as its
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,12 +34,47 @@ from benchmarks.common import (
     tiny_llama,
     write_json,
 )
-from hyperlora import HypernetworkSpec
+from hyperlora import HypernetworkSpec, Pruning, UpdateRule
+from hyperlora.hypernetworks import Kind
+from hyperlora.update_rules import Rule
 
 PHASES = ("forward", "backward", "step")
 WARM_UP = 2
-#: Reading a number back: PyTorch's AdamW keeps its step counts on the host and reads one for each parameter and step.
-READS = ("_local_scalar_dense",)
+#: What makes the host wait: reading a number back, or a result whose shape depends on values. PyTorch's AdamW keeps its
+#: step counts on the host and reads one for each parameter and step.
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave")
+#: Likewise, where the index is a mask.
+INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
+
+
+def forms(hidden_size: int = 312) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Forms besides the defaults: the method's name and what its optimizer is given."""
+    published = Pruning("cubic", interval=INTERVAL, start=INTERVAL, final=100, score="adalora")
+    small = {"hidden_size": hidden_size, "heads": 2}
+    return {
+        "adalora as published": (
+            "adalora",
+            {"gamma": 0.1, "pruning": dataclasses.replace(published, reactivation=True)},
+        ),
+        "triplets, γ, AdaLoRA's score": (
+            "hyperadalora",
+            {
+                "factorization": "triplet",
+                "gamma": 0.1,
+                "pruning": published,
+                "hypernetwork": HypernetworkSpec(**small),
+            },
+        ),
+        **{
+            f"rule {rule}": (
+                "hyperadalora",
+                {"update_rule": UpdateRule(rule), "hypernetwork": HypernetworkSpec(**small)},
+            )
+            for rule in get_args(Rule)
+        },
+        **{kind: ("hyperadalora", {"hypernetwork": HypernetworkSpec(kind, **small)}) for kind in get_args(Kind)},
+        "per layer": ("hyperadalora", {"hypernetwork": HypernetworkSpec(per_layer=True, **small)}),
+    }
 
 
 class CountOperations(TorchDispatchMode):
@@ -53,7 +89,8 @@ class CountOperations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func.namespace == "aten":
             name = func._schema.name.removeprefix("aten::")
-            kind = self.reads if name in READS else self.views if func.is_view else self.operations
+            reads = name in READS or (name in INDEXED and any(i is not None and i.dtype == torch.bool for i in args[1]))
+            kind = self.reads if reads else self.views if func.is_view else self.operations
             kind[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -81,12 +118,9 @@ def summarize(counts: dict[str, CountOperations]) -> dict[str, int]:
     }
 
 
-def build(
-    name: str, layers: int, rank: int = 8, *, steps_done: int = 0, hypernetwork: HypernetworkSpec | None = None
-) -> Subject:
+def build(name: str, layers: int, rank: int = 8, **changes: Any) -> Subject:
     torch.manual_seed(0)
-    base = LlamaForCausalLM(tiny_llama(layers))
-    return build_subject(name, base, rank, steps_done=steps_done, hypernetwork=hypernetwork)
+    return build_subject(name, LlamaForCausalLM(tiny_llama(layers)), rank, **changes)
 
 
 def tokens() -> torch.Tensor:
@@ -100,6 +134,15 @@ def count_methods(
     return {
         name: summarize(count_after(build(name, layers, hypernetwork=hypernetwork), WARM_UP, tokens()))
         for name in names
+    }
+
+
+def count_forms(layers: int, hidden_size: int = 312) -> dict[str, dict[str, int]]:
+    """Operations of an ordinary step of each of the :func:`forms`."""
+    ids = tokens()
+    return {
+        form: summarize(count_after(build(name, layers, **changes), WARM_UP, ids))
+        for form, (name, changes) in forms(hidden_size).items()
     }
 
 
@@ -145,6 +188,7 @@ def measure(layers: int, repeats: int, rank: int) -> dict[str, Any]:
             }
             for name in METHODS
         },
+        "forms": count_forms(layers),
         **provenance(),
     }
 
@@ -162,6 +206,10 @@ def show(result: dict[str, Any]) -> None:
             + f"{counts['total'] - base:>+12}{row['operations_at_pruning_event']['total']:>10}"
             + f"{row['time_ratio_to_lora']:>12.2f}"
         )
+    print()
+    for form, counts in result["forms"].items():
+        print(f"{form:30}{counts['total'] - base:>+8} over LoRA, {counts['reads']} reads")
+    print()
     print("total includes views, not reads by the host")
     print(f"at event: total of the step in every {INTERVAL} that prunes")
 

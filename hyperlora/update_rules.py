@@ -244,7 +244,7 @@ class GeneratedFactors:
         self._base = initial.like([t.clone() for t in initial.tensors()])
         self._learn_all_but(())
         self._adam_base = FactorAdam(self._base, settings, direction) if rule.name == "hybrid" else None
-        self._step = torch.zeros((), dtype=torch.int64)
+        self._step, self._steps_done = torch.zeros((), dtype=torch.int64), 0  # of the state, and as the host reads it
         self._generate(live)
 
     def _learn_all_but(self, names: Collection[str]) -> None:
@@ -328,6 +328,7 @@ class GeneratedFactors:
             phi = phi[len(part) :]
         name = self.rule.name
         self._step += 1
+        self._steps_done += 1
         if name == "hybrid":
             assert self._adam_base is not None
             self._adam_base.step(gradients, rates.factors, rates.singular_values, found_inf, live)
@@ -340,7 +341,7 @@ class GeneratedFactors:
                 taken = (1 - found_inf).to(self._output[0].dtype)
                 with torch.no_grad():
                     torch._foreach_mul_(self._output, 1 - self.rule.friction * taken)
-        elif name == "reanchored" and int(self._step) % self.rule.reanchor_every == 0:
+        elif name == "reanchored" and self._steps_done % self.rule.reanchor_every == 0:
             # With the new Φ first, so that the step just taken is not lost with the output maps.
             self._generate(live)
             self._keep(self._input, found_inf)
@@ -366,6 +367,7 @@ class GeneratedFactors:
         return named | {"rule_step": self._step}
 
     def restored(self, live: list[Tensor]) -> None:
+        self._steps_done = int(self._step)
         self._generate(live)
 
     def optimized(self) -> Iterable[Tensor]:

@@ -9,8 +9,9 @@ from peft import PeftModel
 from torch import Tensor
 from torch.func import functional_call
 
-from hyperlora import HyperAdaLoRA, Pruning
+from hyperlora import METHODS, HyperAdaLoRA, HypernetworkSpec, Pruning
 from hyperlora.factors import Factors
+from hyperlora.hypernetworks import Kind
 from hyperlora.optimizer import Factorization
 from hyperlora.update_rules import GeneratedFactors
 
@@ -19,7 +20,7 @@ def trained(
     rule: str, *, method: str = "hyperadalora", checkpointing: bool = False, **changes
 ) -> tuple[PeftModel, HyperAdaLoRA, GeneratedFactors]:
     """A model some steps into training: λ is not zero and some directions are pruned."""
-    model = build_llama()
+    model = build_llama(dora=METHODS[method].dora)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -47,13 +48,14 @@ def singular_values(optimizer: HyperAdaLoRA) -> Tensor:
 def whole_loss(model: PeftModel, optimizer: HyperAdaLoRA, factors: Factors, ids: Tensor) -> Tensor:
     """The loss with lora_A = diag(λ·mask) Q and lora_B = P as outputs of the hypernetworks' graph."""
     names = {id(p): n for n, p in model.named_parameters()}
+    written = optimizer._truncation() if optimizer.method.truncated else optimizer.mask
     weights = {}
     for shape_class, p in zip(optimizer.layout.outputs, factors.p, strict=True):
         for place, index in enumerate(shape_class.members):
             weights[names[id(optimizer.layout.modules[index].b)]] = p[place]
     for shape_class, q in zip(optimizer.layout.inputs, factors.q, strict=True):
         for place, index in enumerate(shape_class.members):
-            gain = (optimizer.mask if factors.lam is None else factors.lam * optimizer.mask)[index].unsqueeze(-1)
+            gain = (written if factors.lam is None else factors.lam * written)[index].unsqueeze(-1)
             weights[names[id(optimizer.layout.modules[index].a)]] = gain * q[place]
     assert len(weights) == 2 * len(optimizer.layout.modules)
     return functional_call(model, weights, (), {"input_ids": ids, "labels": ids}).loss
@@ -117,9 +119,23 @@ def test_gradient_and_importance_equal_autograd_end_to_end(
     assert (importance[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("per_layer", [False, True], ids=["shared", "per layer"])
+@pytest.mark.parametrize("kind", ["attention", "mlp", "cnn"])
+def test_every_kind_of_hypernetwork(kind: Kind, per_layer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = HypernetworkSpec(kind, hidden_size=24, heads=2, layers=2, per_layer=per_layer)
+    wanted, found, _ = both_ways(*trained("residual", hypernetwork=spec), monkeypatch)
+    assert all(g.abs().max() > 0 for g in wanted)
+    assert relative_error(found, wanted) < 1e-8
+
+
+@pytest.mark.parametrize("method", ["hyperlora", "hyperdora", "hyperdylora"])
 @pytest.mark.parametrize("rule", RULES)
-def test_without_singular_values(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, found, _ = both_ways(*trained(rule, method="hyperlora"), monkeypatch)
+def test_without_singular_values(rule: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, source = trained(rule, method=method)
+    if method == "hyperdylora":
+        kept = optimizer._truncation()[0].sum()
+        assert 0 < kept < optimizer.layout.rank, "a step that truncates"
+    wanted, found, _ = both_ways(model, optimizer, source, monkeypatch)
     assert relative_error(found, wanted) < 1e-8
 
 
