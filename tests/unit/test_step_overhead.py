@@ -20,7 +20,7 @@ OURS = (*NAMES[1:], *forms())
 @pytest.fixture(scope="module")
 def counts() -> dict[int, dict[str, dict[str, int]]]:
     small = HypernetworkSpec(hidden_size=24, heads=2)
-    return {layers: count_methods(layers, NAMES, small) | count_forms(layers, 24) for layers in (2, 8)}
+    return {layers: count_methods(layers, NAMES, small) | count_forms(layers) for layers in (2, 8)}
 
 
 @pytest.mark.parametrize("method", OURS)
