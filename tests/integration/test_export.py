@@ -54,6 +54,12 @@ def test_plain_peft_computes_the_same_logits(recipe_file: Path, method: str) -> 
     check(trainer, *plain(recipe, recipe_file.parent / "run" / "adapter"))
 
 
+def test_triplets_that_are_generated(recipe_file: Path) -> None:
+    recipe, trainer = trained(recipe_file, adapter__factorization="triplet", gamma=0.1)
+    assert trainer.optimizer.source.factors.lam is not None
+    check(trainer, *plain(recipe, recipe_file.parent / "run" / "adapter"))
+
+
 def test_modules_of_rank_zero_are_dropped(recipe_file: Path) -> None:
     recipe, trainer = trained(recipe_file, adapter__target_rank=0.5)
     ranks = trainer.optimizer.ranks()

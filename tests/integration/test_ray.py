@@ -38,13 +38,21 @@ def run(recipe: Path, *changes: str) -> dict:
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize(("method", "workers", "found"), [("hyperadalora", "2", 2), ("dora", "[1, 3]", 3)])
+@pytest.mark.parametrize(
+    ("changes", "workers", "found"),
+    [
+        (("method=hyperadalora",), "2", 2),
+        (("method=hyperadalora", "adapter.factorization=triplet", "gamma=0.1"), "2", 2),
+        (("method=dora",), "[1, 3]", 3),
+    ],
+    ids=["fused", "triplets", "dora"],
+)
 def test_several_workers_give_the_losses_of_one_process(
-    recipe_file: Path, method: str, workers: str, found: int
+    recipe_file: Path, changes: tuple[str, ...], workers: str, found: int
 ) -> None:
-    alone = run(recipe_file, f"method={method}")
+    alone = run(recipe_file, *changes)
     # Three workers split eight rows unevenly.
-    several = run(recipe_file, f"method={method}", "ray.backend=ray", f"ray.num_workers={workers}")
+    several = run(recipe_file, *changes, "ray.backend=ray", f"ray.num_workers={workers}")
     assert (alone["workers"], several["workers"]) == (1, found)
     assert several["losses"] == pytest.approx(alone["losses"], abs=1e-6)
     assert max(alone["losses"]) - min(alone["losses"]) > 0.01

@@ -56,9 +56,18 @@ def adapters_equal(first: str, second: str) -> bool:
     return one.keys() == two.keys() and all(one[k].equal(two[k]) for k in one)
 
 
-@pytest.mark.parametrize("method", ["hyperadalora", "adalora", "dylora"])
-def test_killed_run_resumes_to_the_same_adapter(recipe_file: Path, method: str) -> None:
-    changes = [f"method={method}", "hypernetwork.update=reanchored", "adapter.dropout=0.1"]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("method=hyperadalora", "hypernetwork.update=reanchored"),
+        ("method=hyperadalora", "adapter.factorization=triplet", "gamma=0.1", "pruning.score=adalora"),
+        ("method=adalora", "gamma=0.1"),
+        ("method=dylora",),
+    ],
+    ids=["reanchored", "triplets", "adalora", "dylora"],
+)
+def test_killed_run_resumes_to_the_same_adapter(recipe_file: Path, changes: tuple[str, ...]) -> None:
+    changes = (*changes, "adapter.dropout=0.1")
     whole = run(recipe_file, *changes)
     kill_after_a_checkpoint(recipe_file, *changes)
     resumed = run(recipe_file, *changes, "--resume")

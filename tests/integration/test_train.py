@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -70,15 +77,27 @@ def test_reported_losses_do_not_contain_the_penalty(recipe_file: Path) -> None:
     assert heavy["held_out_loss_before"] == plain["held_out_loss_before"]
 
 
-def test_language_modelling_and_classification(recipe_file: Path) -> None:
+def test_language_modelling_learns(recipe_file: Path) -> None:
     changes = ["task.kind=language-modeling", "data.template='{prompt} {completion}'", "model.dtype=float32"]
     result = train(recipe_file, *changes)
     assert result["metric"] == "held_out_loss"
     assert result["metric_after"] < result["metric_before"]
-    changes = ["task.kind=classification", "data.source=entailment", "data.text=sentence1", "data.text_pair=sentence2"]
-    result = train(recipe_file, *changes, "adapter.modules_to_save=[score]", "model.dtype=float32")
+
+
+def test_classification_learns_what_a_word_tells(recipe_file: Path, tmp_path: Path) -> None:
+    """A model of random weights, of which only adapters and head learn."""
+    words = {"pos": ("fine", "good"), "neg": ("bad", "poor")}
+    for split, things in (("train", "abcdefgh"), ("eval", "ijkl")):
+        rows = [(label, f"a {word} {thing}") for label, both in words.items() for word in both for thing in things]
+        text = "".join(json.dumps({"label": label, "sentence": sentence}) + "\n" for label, sentence in rows)
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    changes = ["task.kind=classification", "data.source=files", f"data.root={tmp_path}", "data.train=train.jsonl"]
+    changes += ["data.eval=eval.jsonl", "data.format=jsonl", "adapter.modules_to_save=[score]", "training.steps=60"]
+    result = train(recipe_file, *changes, "model.dtype=float32")
     assert result["metric"] == "accuracy"
-    assert result["loss_last"] < 0.8
+    assert result["metric_before"] < 0.8
+    assert result["metric_after"] == 1.0
+    assert result["loss_last"] < 0.1 < 0.5 < result["loss_first"]
 
 
 def test_files_are_read_in_every_format(recipe_file: Path, tmp_path: Path) -> None:
@@ -152,3 +171,24 @@ def test_dry_run_starts_nothing(recipe_file: Path, tmp_path: Path, capsys: pytes
     actual = train(recipe_file, "training.steps=20")
     assert estimate["sizes"]["trainable"] == actual["trainable_parameters"]
     assert estimate["sizes"]["state_bytes"] == actual["optimizer_state_bytes"]
+
+
+def test_a_terminal_shows_one_bar(recipe_file: Path) -> None:
+    """Loss, live rank, tokens per second, steps and time left, on one line that moves."""
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (40, 160))
+    command = [sys.executable, "-m", "pipelines.cli", "train", str(recipe_file), "training.steps=60"]
+    process = subprocess.Popen(command, stdout=slave, stderr=slave, stdin=slave, env=os.environ | {"TERM": "xterm"})
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while chunk := os.read(master, 65536):
+            shown += chunk
+    os.close(master)
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    bars = re.findall(r"training [━╸╺ ]+ +(\d+)/60 loss (\d\.\d+) +rank (\d+) +([\d,]+) tok/s +(\S+)", text)
+    assert len({bar[0] for bar in bars}) > 3, text
+    assert {int(bar[2]) for bar in bars} >= {56}, "the initial rank"
+    assert any(re.fullmatch(r"\d\d:\d\d", bar[4]) for bar in bars), bars
+    assert "step 6/60" not in text, "no lines beside the bar"
