@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -13,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -304,19 +306,25 @@ def _artifact_location(uri: str) -> str | None:
 
 def resume(recipe: Recipe, run_id: str) -> None:
     """Mark an interrupted run as running again; a server that is away is told nothing and misses no metric."""
+    _record(run_id).unlink(missing_ok=True)  # this process delivers what waits
     _tell(run_id, lambda: MlflowClient(recipe.mlflow.tracking_uri).update_run(run_id, status="RUNNING"))
 
 
 def finish(recipe: Recipe, run_id: str, outcome: Mapping[str, Any]) -> None:
     """Log summary figures and pictures of a finished run and mark it so; the run is finished without it, too."""
-    _tell(run_id, lambda: _finish(MlflowClient(recipe.mlflow.tracking_uri), run_id, outcome))
+    uri = recipe.mlflow.tracking_uri
+    if not _tell(run_id, lambda: _finish(MlflowClient(uri), run_id, outcome)):
+        _remember(Missed(run_id, uri, outcome["adapter"].rsplit("/", 1)[0], "FINISHED"))
 
 
-def _tell(run_id: str, action: Callable[[], Any]) -> None:
+def _tell(run_id: str, action: Callable[[], Any]) -> bool:
+    """Whether the server took it."""
     try:
         action()
     except ERRORS as error:
         logger.warning("MLflow run %s could not be updated: %s", run_id, first_line(error))
+        return False
+    return True
 
 
 def _finish(client: MlflowClient, run_id: str, outcome: Mapping[str, Any]) -> None:
@@ -334,7 +342,86 @@ def _finish(client: MlflowClient, run_id: str, outcome: Mapping[str, Any]) -> No
 
 def fail(recipe: Recipe, run_id: str, status: str) -> None:
     """Mark a run as FAILED or KILLED; a server that is away does not hide the error that led here."""
-    _tell(run_id, lambda: MlflowClient(recipe.mlflow.tracking_uri).set_terminated(run_id, status))
+    uri = recipe.mlflow.tracking_uri
+    if not _tell(run_id, lambda: MlflowClient(uri).set_terminated(run_id, status)):
+        _remember(Missed(run_id, uri, None, status))
+
+
+@dataclass(frozen=True)
+class Missed:
+    """What MLflow does not know of a run that ended while it was away, beside the metrics that wait.
+
+    Attributes:
+        run_id: of the MLflow run.
+        tracking_uri: where it is.
+        run_uri: folder of a run that finished, where its outcome is; None otherwise.
+        status: FINISHED, FAILED or KILLED; None when MLflow knows it.
+    """
+
+    run_id: str
+    tracking_uri: str
+    run_uri: str | None = None
+    status: str | None = None
+
+
+def _record(run_id: str) -> Path:
+    return spool.folder() / f"mlflow-{run_id}.json"
+
+
+def _remember(missed: Missed) -> None:
+    """Keep it on this machine, until :func:`deliver`; costs a warning where it cannot be written."""
+    path = _record(missed.run_id)
+    try:
+        known = _read_missed(path)
+        if known is not None and missed.status is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(missed)), encoding="utf-8")
+    except OSError as error:
+        logger.warning("that MLflow run %s ended cannot be kept for later: %s", missed.run_id, error)
+
+
+def _read_missed(path: Path) -> Missed | None:
+    """None where there is none, or what is there is not one."""
+    try:
+        return Missed(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def missed(tracking_uri: str | None = None) -> list[Missed]:
+    """Runs that ended on this machine while MLflow was away, of one server or of all."""
+    found = [_read_missed(path) for path in sorted(spool.folder().glob("mlflow-*.json"))]
+    return [m for m in found if m is not None and tracking_uri in (None, m.tracking_uri)]
+
+
+def deliver(run: Missed, outcome: Mapping[str, Any] | None) -> None:
+    """Send what MLflow missed of a run: its metrics, in order and once, and how it ended.
+
+    Args:
+        run: of :func:`missed`.
+        outcome: of the run in ``run.run_uri``.
+
+    Raises:
+        RecipeError: nobody answers there.
+        MlflowException: the server refuses.
+        OSError: it went away again.
+    """
+    _answers(run.tracking_uri)
+    client = MlflowClient(run.tracking_uri)
+    client.get_run(run.run_id)
+    MLflowSink(run.tracking_uri, run.run_id).close()
+    if _waiting(run.run_id).exists():
+        raise OSError(f"metrics still wait in {_waiting(run.run_id)}")
+    if outcome is not None:
+        _finish(client, run.run_id, outcome)
+    elif run.status is not None:
+        client.set_terminated(run.run_id, run.status)
+    _record(run.run_id).unlink(missing_ok=True)
+
+
+def _waiting(run_id: str) -> Path:
+    return spool.folder() / f"mlflow-{run_id}.jsonl"
 
 
 class MLflowSink:
@@ -351,10 +438,10 @@ class MLflowSink:
     """
 
     def __init__(self, tracking_uri: str, run_id: str, interval: float = 2.0) -> None:
+        self._uri, self._run_id = tracking_uri, run_id
         self._client = MlflowClient(tracking_uri)
-        self._run_id = run_id
         self._interval = interval
-        self._spool = Spool(spool.folder() / f"mlflow-{run_id}.jsonl")
+        self._spool = Spool(_waiting(run_id))
         self._closed = self._away = False
         self._wake = threading.Event()
         waiting = self._spool.first(len(self._spool))
@@ -396,8 +483,12 @@ class MLflowSink:
             time.sleep(wait)
             self._send()
             if not len(self._spool):
+                known = _read_missed(_record(self._run_id))
+                if known is not None and known.status is None:
+                    _record(self._run_id).unlink(missing_ok=True)
                 return
         self._spool.close()
+        _remember(Missed(self._run_id, self._uri))
         logger.warning("%d records of MLflow run %s wait in %s", len(self._spool), self._run_id, self._spool.path)
 
     def _run(self) -> None:

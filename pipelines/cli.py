@@ -132,6 +132,8 @@ def parser() -> argparse.ArgumentParser:
     stop = on_cluster("stop", "Let a job save a checkpoint, and end it.")
     stop.add_argument("job", metavar="ID")
 
+    add("deliver", "Send MLflow what it missed of runs that ended on this machine while it was away.")
+
     doctor = add("doctor", "Try out all that a run needs, here or on a cluster, and say what to do.")
     doctor.add_argument("recipe", nargs="?", default="quickstart", metavar="RECIPE", help="whose storage and MLflow")
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change the recipe")
@@ -208,6 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pipelines import submit
 
             return submit.main(args, parse_arguments(args.words), console)
+        if args.command == "deliver":
+            from pipelines import deliver
+
+            return deliver.main(args, console)
         if args.command == "doctor":
             from pipelines import doctor
 

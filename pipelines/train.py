@@ -21,6 +21,7 @@ from hyperlora.stopping import Notice
 from hyperlora.training import RunInfo, StoppedError, Tee, train
 from pipelines import screens
 from pipelines.common import load_recipe, write_json
+from pipelines.deliver import deliver
 from pipelines.progress import ProgressSink
 
 
@@ -39,6 +40,9 @@ def main(args: Namespace, console: Console) -> int:
     if recipe.mlflow.enabled:
         try:
             tracking.check(recipe)
+            for run, reason in deliver(tracking.missed(recipe.mlflow.tracking_uri)):
+                said = "has got what it missed" if reason is None else f"still misses something: {reason}"
+                console.print(Text(f"MLflow run {run.run_id} {said}", "dim"), soft_wrap=True)
         except RecipeError as error:
             # A run that goes on keeps its metrics until the server is back.
             if not args.resume:
@@ -90,6 +94,8 @@ def _train(
     sink.close()
     wall = time.monotonic() - started
     screens.summary(console, outcome, recipe, estimate.adalora, wall, _next(named, info, args))
+    if info.mlflow_run_id in {run.run_id for run in tracking.missed()}:
+        console.print(Text("\nMLflow was away; hyperlora deliver sends what it missed, once it is back", "yellow"))
     write_json(args.json, runs.summary(outcome, wall))
     return 0
 

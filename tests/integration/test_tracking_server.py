@@ -50,7 +50,7 @@ def test_metrics_outlive_the_server_and_the_process(server: Server) -> None:
     report(sink, 6, 10)
     sink.warning("gradient", 9, "it explodes")
     sink.close()
-    (waiting,) = spool.folder().iterdir()
+    (waiting,) = spool.folder().glob("*.jsonl")
     assert len(waiting.read_text().splitlines()) == 7
     # Another process goes on from a checkpoint of step 7 while the server is still away.
     again = MLflowSink(server.uri, run_id, interval=0.05)
@@ -73,37 +73,71 @@ def test_a_process_without_the_queue_adds_nothing_twice(server: Server) -> None:
     assert history(server, run_id, "loss") == [(n, 1 / n) for n in range(1, 10)]
 
 
-def test_training_goes_on_while_the_server_is_away(recipe_file: Path, tmp_path: Path, server: Server) -> None:
-    client, away = MlflowClient(server.uri), threading.Event()
+def command(recipe_file: Path, server: Server, *more: str) -> list[str]:
+    changes = ["mlflow.enabled=true", f"mlflow.tracking_uri={server.uri}", "mlflow.experiment=Default"]
+    return ["train", str(recipe_file), *changes, "training.steps=200", "training.checkpoint_every=50", *more]
+
+
+def stop_once_a_loss_is_there(server: Server) -> threading.Thread:
+    """Stops the server in the middle of a run; the thread ends when it is stopped."""
+    client = MlflowClient(server.uri)
 
     def interrupt() -> None:
         while not client.search_runs(["0"], "metrics.loss > 0"):
             time.sleep(0.05)
         server.stop()
-        away.set()
-        time.sleep(3)
-        server.start()
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    changes = ["mlflow.enabled=true", f"mlflow.tracking_uri={server.uri}", "mlflow.experiment=Default"]
-    summary = tmp_path / "summary.json"
-    assert (
-        main(
-            [
-                "train",
-                str(recipe_file),
-                *changes,
-                "training.steps=200",
-                "training.checkpoint_every=50",
-                "--json",
-                str(summary),
-            ]
-        )
-        == 0
-    )
+    return thread
+
+
+@pytest.mark.parametrize("how", ["deliver", "train"])
+def test_what_a_run_that_has_ended_could_not_send_is_sent_later(
+    recipe_file: Path, tmp_path: Path, server: Server, how: str, capsys: pytest.CaptureFixture
+) -> None:
+    thread, summary = stop_once_a_loss_is_there(server), tmp_path / "summary.json"
+    assert main(command(recipe_file, server, "--json", str(summary))) == 0
     thread.join()
-    assert away.is_set()
+    assert "MLflow was away; hyperlora deliver sends what it missed" in " ".join(capsys.readouterr().out.split())
+    outcome = json.loads(summary.read_text())
+    run_id, result = outcome["mlflow_run_id"], Path(outcome["adapter"]).parent / "result.json"
+    losses = json.loads(result.read_text())["losses"]
+    assert main(["deliver"]) == 1, "it is still away"
+    assert run_id in capsys.readouterr().out
+    server.start()
+    client = MlflowClient(server.uri)
+    assert client.get_run(run_id).info.status == "RUNNING"
+    assert 0 < len(history(server, run_id, "loss")) < len(losses)
+    if how == "deliver":
+        assert main(["deliver"]) == 0
+        assert "delivered" in capsys.readouterr().out
+    else:
+        assert main(command(recipe_file, server, "training.steps=20", "training.checkpoint_every=5")) == 0
+        assert f"MLflow run {run_id} has got what it missed" in " ".join(capsys.readouterr().out.split())
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert history(server, run_id, "loss") == list(enumerate(losses, 1))
+    assert run.data.metrics["summary/metric_after"] == outcome["metric_after"]
+    assert {"loss_curve.png", "rank_heat_map.png", "result.json"} <= {a.path for a in client.list_artifacts(run_id)}
+    assert main(["deliver"]) == 0
+    assert "nothing waits" in capsys.readouterr().out
+    assert not list(spool.folder().glob("mlflow-*"))
+
+
+def test_training_goes_on_while_the_server_is_away(recipe_file: Path, tmp_path: Path, server: Server) -> None:
+    stopped = stop_once_a_loss_is_there(server)
+
+    def bring_back() -> None:
+        stopped.join()
+        time.sleep(3)
+        server.start()
+
+    thread = threading.Thread(target=bring_back)
+    thread.start()
+    summary = tmp_path / "summary.json"
+    assert main(command(recipe_file, server, "--json", str(summary))) == 0
+    thread.join()
     outcome = json.loads(summary.read_text())
     run_id, (run,) = outcome["mlflow_run_id"], (tmp_path / "runs").iterdir()
     # What the end of the training could not deliver waits for the next process.

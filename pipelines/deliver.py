@@ -1,0 +1,43 @@
+"""``hyperlora deliver``: send what MLflow missed of runs that ended on this machine while it was away."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from hyperlora import runs, tracking
+from hyperlora.config import RecipeError, first_line
+from hyperlora.storage import StorageError
+from hyperlora.tracking import Missed
+from pipelines.common import write_json
+
+
+def main(args: Namespace, console: Console) -> int:
+    """Deliver everything that waits; returns 1 when something still does."""
+    waiting = tracking.missed()
+    rows = []
+    with console.status("delivering"):
+        for run, error in deliver(waiting):
+            rows.append({"run_id": run.run_id, "tracking_uri": run.tracking_uri, "error": error})
+            said = "delivered" if error is None else f"still waits: {error}"
+            style = "green" if error is None else "yellow"
+            console.print(Text(f"MLflow run {run.run_id} in {run.tracking_uri}: {said}", style), soft_wrap=True)
+    if not waiting:
+        console.print("nothing waits for MLflow on this machine")
+    write_json(args.json, rows)
+    return int(any(row["error"] for row in rows))
+
+
+def deliver(waiting: Sequence[Missed]) -> Iterator[tuple[Missed, str | None]]:
+    """Each run with the reason why it still waits, if it does."""
+    for run in waiting:
+        error: str | None = None
+        try:
+            outcome = None if run.run_uri is None else runs.result(run.run_uri)
+            tracking.deliver(run, outcome)
+        except (RecipeError, StorageError, *tracking.ERRORS) as reason:
+            error = first_line(reason)
+        yield run, error
