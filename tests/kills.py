@@ -1,0 +1,81 @@
+"""A run in a process of its own that is killed at the n-th of some kind of point."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import warnings
+from typing import Any, Literal
+
+from hyperlora import optimizer
+from hyperlora.config import parse
+from hyperlora.training import RunInfo, Silent, train
+
+Where = Literal["step", "pruning event", "write"]
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["kills", "peft", "transformers.models.llama.modeling_llama"])
+
+
+class _Death:
+    """SIGKILL of this process at the n-th call."""
+
+    def __init__(self, n: int) -> None:
+        self._left = n
+
+    def __call__(self) -> None:
+        self._left -= 1
+        if not self._left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Steps(Silent):
+    def __init__(self, death: _Death) -> None:
+        self._death = death
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        self._death()
+
+
+def _run(recipe: dict[str, Any], uri: str, where: Where, n: int) -> None:
+    warnings.simplefilter("ignore")  # pytest, which shows each once, is in another process
+    death, sink = _Death(n), Silent()
+    if where == "step":
+        sink = _Steps(death)
+    elif where == "pruning event":
+        # The mask is chosen; nothing of the event has been written.
+        prune = optimizer.prune_to
+
+        def prune_to(*args: Any) -> Any:
+            mask = prune(*args)
+            death()
+            return mask
+
+        optimizer.prune_to = prune_to  # type: ignore[assignment]
+    else:
+        fsync = os.fsync
+
+        def flush(descriptor: int) -> None:
+            """Of a file that has its content and not yet its name, or of the folder where it just got it."""
+            death()
+            fsync(descriptor)
+
+        os.fsync = flush
+    train(parse(recipe), RunInfo(uri), sink=sink)
+
+
+def run(recipe: dict[str, Any], uri: str, where: Where = "step", n: int = 0) -> bool:
+    """Train, going on from the run's newest checkpoint; whether it came to its end.
+
+    Args:
+        recipe: as a file holds it.
+        uri: of the run.
+        where: at what the process is killed.
+        n: at which of them, from 1; 0 is never.
+    """
+    process = _processes.Process(target=_run, args=(recipe, uri, where, n))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+    return process.exitcode == 0
