@@ -1,7 +1,7 @@
 """One optimizer step on the LLaMA-3.1-8B architecture: time, peak memory and kernel launches, against plain LoRA.
 
-Random bf16 weights, rank 16 on all linears, sequences of 2,048 tokens, activation checkpointing. Every method is built
-in turn on the same base model, and every round times one step of each, so that drift of the machine hits all alike.
+Random bf16 weights, rank 16 on all linears, sequences of 2,048 tokens, activation checkpointing. Every round builds
+each method in turn on the same base model and times some steps of it, beginning with another one each time.
 PEFT's AdaLoRA is driven as its documentation says, with ``update_and_allocate`` after ``optimizer.step()``. Neither Ray
 nor MLflow is needed.
 

@@ -687,7 +687,9 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
         add("task.prompt_format", recipe.task.prompt_format, "must contain {prompt}")
     if recipe.task.kind == "generation" and recipe.task.max_new_tokens >= recipe.task.max_length:
         add("task.max_new_tokens", recipe.task.max_new_tokens, f"less than task.max_length = {recipe.task.max_length}")
-    if t.steps is not None and not found:
+    # The schedule can be checked when nothing that it is made of is wrong.
+    made_of = ("adapter.rank", "adapter.target_rank", "pruning", "training")
+    if t.steps is not None and not any(p.field.startswith(made_of) for p in found):
         found += schedule_problems(recipe, t.steps, modules=1)
     return found
 

@@ -105,15 +105,52 @@ def tracking(config: MLflowConfig) -> Check:
     return Check("MLflow", "ok", f"{shown}: a run written in {time.monotonic() - began:.1f} s")
 
 
-def node() -> dict[str, Any]:
-    """What another node tells of itself, as plain values."""
+@contextlib.contextmanager
+def mark(uri: str) -> Iterator[str]:
+    """A file below a storage URI whose URI it is, for others to find with :func:`sees`.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    place = f"{uri.rstrip('/')}/.doctor-{secrets.token_hex(6)}"
+    storage.write(place, place.encode())
+    try:
+        yield place
+    finally:
+        with contextlib.suppress(OSError):
+            storage.remove(place)
+
+
+def sees(place: str) -> Check:
+    """Whether the file that another machine wrote is there."""
+    advice = "storage.uri has to be the same place from every node: an object store, or a shared folder"
+    try:
+        if storage.read(place) == place.encode():
+            return Check("shared storage", "ok", "what the job wrote is there")
+        return Check("shared storage", "fail", "what the job wrote has other content", advice)
+    except OSError as error:
+        return Check("shared storage", "fail", f"what the job wrote is not there ({first_line(error)})", advice)
+
+
+def node(place: str | None = None, config: MLflowConfig | None = None) -> dict[str, Any]:
+    """What another node tells of itself, as plain values.
+
+    Args:
+        place: of :func:`mark`; without one storage is not tried.
+        config: of the server to try.
+    """
     from hyperlora.tracking import versions
 
+    began, checks = time.time(), [devices(), disk()]
+    if place is not None:
+        checks += [sees(place), *store(place.rsplit("/", 1)[0])]
+    if config is not None:
+        checks.append(tracking(config))
     return {
         "host": os.uname().nodename,
         "versions": versions(),
-        "time": time.time(),
-        "checks": [(c.name, c.state, c.found, c.advice) for c in (devices(), disk())],
+        "time": [began, time.time()],
+        "checks": [(c.name, c.state, c.found, c.advice) for c in checks],
     }
 
 
@@ -129,10 +166,14 @@ def compare(here: Mapping[str, str], told: Mapping[str, Any], asked: float, answ
     other = {k: (v, told["versions"].get(k)) for k, v in here.items() if told["versions"].get(k) != v}
     if other:
         text = ", ".join(f"{k} {theirs} (here {mine})" for k, (mine, theirs) in other.items())
-        yield Check(name, "fail", text, "give all nodes the same image, or submit with --install")
+        # Ray takes nodes of one minor version of Python together and complains of no more.
+        small = other.keys() == {"python"} and len({v.rpartition(".")[0] for v in other["python"] if v}) == 1
+        advice = "give all nodes the same image, or submit with --install"
+        yield Check(name, "warn" if small else "fail", text, advice)
     else:
         yield Check(name, "ok", "the same versions as here")
-    skew = max(asked - told["time"], told["time"] - answered, 0.0)
+    began, ended = told["time"]
+    skew = max(asked - began, ended - answered, 0.0)
     if skew > SKEW:
         yield Check(name, "warn", f"its clock differs by {skew:.0f} s", "let the nodes keep time (NTP)")
     for check in told["checks"]:

@@ -222,7 +222,7 @@ directions are gone, so that it is an ordinary PEFT LoRA adapter.
 {table}
 
 ```python
-from peft import AdaLoraConfig, LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import {loader}
 {imports}
 base = {loader}.from_pretrained({path}{more})

@@ -228,7 +228,7 @@ def _tail(client: JobSubmissionClient, job_id: str, skip: int) -> Iterator[str]:
             runner.run(stream.aclose())  # type: ignore[attr-defined]
 
 
-def each_node(function: Callable[[], Any]) -> Iterator[tuple[str, Any, float, float]]:
+def each_node(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[str, Any, float, float]]:
     """Call a function on every living node of the cluster that this process is in.
 
     Yields:
@@ -240,7 +240,7 @@ def each_node(function: Callable[[], Any]) -> Iterator[tuple[str, Any, float, fl
         task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=place)
         asked = time.time()
         try:
-            answer: Any = ray.get(task.remote(), timeout=120)
+            answer: Any = ray.get(task.remote(*arguments), timeout=120)
         except RayError as error:
             answer = error
         yield living["NodeManagerAddress"], answer, asked, time.time()

@@ -154,7 +154,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         if self.method.dora and not all(m.dora for m in modules):
             raise ValueError(f"method {method!r} needs DoRA layers: LoraConfig(use_dora=True)")
         rule = update_rule or UpdateRule()
-        direction = self._resolved_direction(direction, rule)
+        #: Of the steps of direct factors.
+        self.direction = direction = self._resolved_direction(direction, rule)
         #: Whether λ and Q are one tensor, S = diag(λ)Q.
         self.fused = self.method.singular_values and (
             factorization == "fused" or (factorization is None and self.method.hypernetwork)
@@ -163,7 +164,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         self._adam_settings = adam or AdamSettings()
         if gamma is None:
             gamma = 0.0 if self.fused else GAMMA
-        self._gamma = gamma if self.method.singular_values else 0.0
+        #: Weight of the penalty; 0 for methods without singular values.
+        self.gamma = gamma if self.method.singular_values else 0.0
         self._lambda_ratio = lambda_ratio
         self._max_grad_norm = max_grad_norm
         self._seed = seed
@@ -361,7 +363,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             gradients = Factors(gradients.p, None, self._scale_rows(gradients.q, written))
         if self.method.singular_values:
             # The published sensitivity is that of the whole objective (eq. 4 and 8), the penalty's gradient included.
-            if self._gamma:
+            if self.gamma:
                 self._add_penalty(factors, gradients)
             score = self._importance(factors, gradients, found_inf)
             self.stats["importance"] = score
@@ -459,7 +461,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             parts = zip(slopes[n:], directions, lengths, strict=True)
             slopes[n:] = [torch.where(d > 0, (g - (g * q).sum(-1, keepdim=True) * q) / d, 0.0) for g, q, d in parts]
         slopes = [s.transpose(1, 2) if i < n else s for i, s in enumerate(slopes)]
-        torch._foreach_add_([*gradients.p, *gradients.q], slopes, alpha=self._gamma)
+        torch._foreach_add_([*gradients.p, *gradients.q], slopes, alpha=self.gamma)
         self.stats["penalty"] = value
 
     def _prune(self, score: Tensor) -> Tensor | None:

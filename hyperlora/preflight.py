@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hyperlora.adapters import attach, load_config, load_tokenizer, model_problems, prepare, weight_problems
+from hyperlora.baselines import AdapterOptimizer
 from hyperlora.config import METHODS, Problem, Recipe, RecipeError, first_line
 from hyperlora.monitors import read_baseline
 from hyperlora.optimizer import HyperAdaLoRA
@@ -42,7 +43,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run; bytes are for each worker, and ``rows`` is the fingerprint of the tokenised rows.
+    """Of one run; bytes are for each worker, ``rows`` is the fingerprint of the tokenised rows, and ``decided`` is what
+    the recipe leaves open (null) as the optimizer decides it.
 
     ``activation_bytes`` follows Korthikanti et al. (arXiv 2205.05198, table 2, without the attention matrix, which
     fused kernels do not keep): 34 bytes per token, hidden unit and layer in 16 bits, twice that in 32. In 16 bits
@@ -65,6 +67,7 @@ class Estimate:
     base_bytes: int
     adapter_bytes: int
     activation_bytes: int
+    decided: dict[str, Any] = field(default_factory=dict)
 
     @property
     def memory_bytes(self) -> int:
@@ -149,7 +152,29 @@ def _row_problems(recipe: Recipe, task: Task, model: PreTrainedModel) -> list[Pr
     return problems
 
 
-def _sizes(recipe: Recipe, model: PeftModel, steps: int, source: Source | None = None) -> tuple[Sizes, int, int]:
+def _decided(optimizer: AdapterOptimizer) -> dict[str, Any]:
+    """By the recipe's names, where it has them."""
+    rates = {g["name"]: g["lr"] for g in optimizer.param_groups if g.get("name") and g["params"]}
+    keys = {
+        "factors": "lr",
+        "hypernetwork_trunk": "trunk_lr",
+        "hypernetwork_output": "output_lr",
+        "other": "other_lr",
+    }
+    found = {f"optimizer.{keys[name]}": rate for name, rate in rates.items()}
+    if not isinstance(optimizer, HyperAdaLoRA):
+        return found
+    found |= {"gamma": optimizer.gamma, "optimizer.direction": optimizer.direction}
+    if optimizer.method.singular_values:
+        found["adapter.factorization"] = "fused" if optimizer.fused else "triplet"
+    if optimizer.hypernetwork is not None:
+        found["hypernetwork.intermediate_size"] = optimizer.hypernetwork.inner
+    return found
+
+
+def _sizes(
+    recipe: Recipe, model: PeftModel, steps: int, source: Source | None = None
+) -> tuple[Sizes, int, int, dict[str, Any]]:
     optimizer = build_optimizer(recipe, model, steps, World(device=torch.device("meta")))
     freeze = recipe.hypernetwork.freeze
     if METHODS[recipe.method].hypernetwork and (source is not None or freeze == "trunk"):
@@ -158,7 +183,7 @@ def _sizes(recipe: Recipe, model: PeftModel, steps: int, source: Source | None =
     sizes = Sizes(
         optimizer.trainable_parameters, optimizer.layout.parameters, optimizer.state_bytes, optimizer.owned_bytes
     )
-    return sizes, optimizer.plan.initial, optimizer.plan.target
+    return sizes, optimizer.plan.initial, optimizer.plan.target, _decided(optimizer)
 
 
 def inspect(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] = lambda text: None) -> Estimate:
@@ -198,7 +223,7 @@ def inspect(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] 
     plain = METHODS[recipe.method].dora is False and recipe.method != "peft-adalora"
     reference = recipe if recipe.method == "adalora" else recipe.model_copy(update={"method": "adalora"})
     reference_model = copy.deepcopy(model) if plain else meta_model(reference, task, steps)
-    sizes, initial, target = _sizes(recipe, model, steps, source)
+    sizes, initial, target, decided = _sizes(recipe, model, steps, source)
     adalora = _sizes(reference, reference_model, steps)[0]
     pruning = recipe.resolved_pruning(steps)
     layers, hidden = _shape(model)
@@ -218,6 +243,7 @@ def inspect(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] 
         base_bytes=base_bytes,
         adapter_bytes=adapter_bytes,
         activation_bytes=_activations(recipe, task, model, layers, hidden),
+        decided=decided,
     )
 
 

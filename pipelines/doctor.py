@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 
 from ray.job_submission import JobStatus
@@ -51,15 +52,19 @@ def _here(recipe: Recipe) -> Iterator[Check]:
 
 
 def _inside(recipe: Recipe, expected: dict[str, str]) -> Iterator[Check]:
-    """In a job: storage and MLflow as its process sees them, then every node."""
+    """In a job: storage and MLflow as its process sees them, then as every node does."""
     yield from diagnosis.store(recipe.storage.uri)
     yield diagnosis.tracking(recipe.mlflow)
-    for address, told, asked, answered in jobs.each_node(diagnosis.node):
-        if isinstance(told, BaseException):
-            reason = str(told).strip().splitlines()[0]
-            yield Check(f"node {address}", "fail", reason, "look at the node's logs; is the package installed there?")
-        else:
-            yield from diagnosis.compare(expected, told, asked, answered)
+    with ExitStack() as stack:
+        place: str | None = None
+        with suppress(OSError):  # told above
+            place = stack.enter_context(diagnosis.mark(recipe.storage.uri))
+        for address, told, asked, answered in jobs.each_node(diagnosis.node, place, recipe.mlflow):
+            if isinstance(told, BaseException):
+                advice = "look at the node's logs; is the package installed there?"
+                yield Check(f"node {address}", "fail", str(told).strip().splitlines()[0], advice)
+            else:
+                yield from diagnosis.compare(expected, told, asked, answered)
 
 
 def _on_cluster(args: Namespace, console: Console) -> bool:

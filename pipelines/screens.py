@@ -14,7 +14,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from hyperlora.config import Recipe
+from hyperlora.config import Recipe, flatten
 from hyperlora.effects import show
 from hyperlora.field import Contestant
 from hyperlora.figures import rank_table
@@ -42,6 +42,11 @@ def _grid(rows: list[tuple[str, RenderableType]]) -> Table:
     return grid
 
 
+def _given(recipe: Recipe, key: str) -> bool:
+    """Whether a recipe says something itself."""
+    return flatten(recipe.model_dump(mode="json")).get(key) is not None
+
+
 def estimate(recipe: Recipe, e: Estimate) -> RenderableType:
     """The resolved recipe and what it will need."""
     content = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -59,6 +64,7 @@ def estimate(recipe: Recipe, e: Estimate) -> RenderableType:
         ("base model", f"{e.base_parameters:,} parameters, frozen"),
         ("adapter", f"{e.sizes.adapter:,} parameters in {e.modules} modules at rank {recipe.adapter.rank}"),
         ("rank budget", f"{e.rank_initial:,} to {e.rank_target:,}; pruning {falls}"),
+        ("decided for it", ", ".join(f"{k} {v}" for k, v in e.decided.items() if not _given(recipe, k))),
         ("trainable", f"{e.sizes.trainable:,} ({recipe.method}); AdaLoRA {e.adalora.trainable:,}"),
         ("optimizer state", f"{size(e.sizes.state_bytes)} ({recipe.method}); AdaLoRA {size(e.adalora.state_bytes)}"),
         (

@@ -115,6 +115,7 @@ def _open_run(recipe: Recipe, info: RunInfo, estimate: Estimate, resume: bool) -
         "rank_target": estimate.rank_target,
         "trainable_parameters": estimate.sizes.trainable,
         "pruning": estimate.pruning,
+        **estimate.decided,
     }
     info = replace(info, mlflow_run_id=tracking.start(recipe, info.uri, info.uri.rsplit("/", 1)[1], facts))
     runs.record(info, recipe)

@@ -14,18 +14,23 @@ from s3 import free_port
 
 
 class Server:
-    """An ``mlflow server`` on SQLite that can be stopped and started again."""
+    """An ``mlflow server`` on SQLite that can be stopped and started again.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the database.
+        artifacts: where the server, through which all of them go, keeps artifacts; ``None`` is in ``folder``.
+    """
+
+    def __init__(self, folder: Path, artifacts: str | None = None) -> None:
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
-        self._folder = folder
+        self._folder, self._artifacts = folder, artifacts or str(folder / "artifacts")
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--backend-store-uri", f"sqlite:///{self._folder}/server.db", "--workers", "1"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        command += ["--artifacts-destination", self._artifacts]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 300
         while True:

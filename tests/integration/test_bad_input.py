@@ -22,6 +22,13 @@ def test_all_problems_at_once(recipe_file: Path, refused: Refused) -> None:
     assert "training.batch_size: got 8; must be a multiple of ray.num_workers" in message
 
 
+def test_a_schedule_that_cannot_be_is_told_with_the_rest(recipe_file: Path, refused: Refused) -> None:
+    message = refused("train", recipe_file, "pruning.start=19", "hypernetwork.heads=5")
+    assert "2 problems" in message
+    assert "hypernetwork.heads: got 5" in message
+    assert "pruning: got {'schedule': 'interval'" in message
+
+
 # ---------------------------------------------------------------- single fields and their combinations
 
 

@@ -41,11 +41,30 @@ def test_what_is_broken_is_found(recipe_file: Path, tmp_path: Path, monkeypatch:
 
 def test_nodes_that_differ() -> None:
     told = diagnosis.node()
-    same = list(diagnosis.compare(versions(), told, told["time"] - 1, told["time"] + 1))
+    began, ended = told["time"]
+    same = list(diagnosis.compare(versions(), told, began - 1, ended + 1))
     assert same[0].found == "the same versions as here"
     assert not [c for c in same if "clock" in c.found]
     other = told | {"versions": told["versions"] | {"torch": "1.0"}}
-    checks = list(diagnosis.compare(versions(), other, told["time"] + 100, told["time"] + 101))
+    checks = list(diagnosis.compare(versions(), other, began + 100, ended + 101))
     assert checks[0].state == "fail"
     assert "torch 1.0 (here " in checks[0].found
     assert checks[1].found == "its clock differs by 100 s"
+    major, minor, patch = versions()["python"].split(".")
+    for python, state in ((f"{major}.{minor}.{int(patch) + 1}", "warn"), (f"{major}.{int(minor) + 1}.{patch}", "fail")):
+        other = told | {"versions": told["versions"] | {"python": python}}
+        (check, *_) = diagnosis.compare(versions(), other, began, ended)
+        assert check.state == state, python
+
+
+def test_a_node_that_does_not_share_the_storage(tmp_path: Path) -> None:
+    def shared(place: str) -> list[Any]:
+        return [check for check in diagnosis.node(place)["checks"] if check[0] in ("shared storage", "storage")]
+
+    with diagnosis.mark(str(tmp_path / "runs")) as place:
+        assert [check[1] for check in shared(place)] == ["ok", "ok"]
+        (tmp_path / "elsewhere").mkdir()
+        missing, works = shared(f"{tmp_path}/elsewhere/{place.rsplit('/', 1)[1]}")
+    assert (missing[1], works[1]) == ("fail", "ok")
+    assert "same place from every node" in missing[3]
+    assert not list(tmp_path.glob("*/.doctor-*")), "nothing is left behind"

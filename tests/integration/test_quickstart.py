@@ -11,13 +11,17 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mlflow import MlflowClient
 from peft import PeftModel
+from s3 import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hyperlora.adapters import resolve_path
@@ -66,12 +70,31 @@ def test_the_stand_in_for_the_network_hears_who_asks(outside: Outside) -> None:
     assert any(b"huggingface.co" in line for line in outside.asked)
 
 
+def opened(command: list[str], folder: Path, path: str) -> dict[str, Any]:
+    """What MLflow's own page answers when it is started as the run says."""
+    port = free_port()
+    words = [sys.executable, "-m", *command, "--port", str(port)]
+    process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            with contextlib.suppress(OSError):
+                return json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=10))
+            time.sleep(0.2)
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def test_quickstart(tmp_path: Path, outside: Outside) -> None:
     command = [sys.executable, "-m", "pipelines.cli", "train", "quickstart", "--json", "summary.json"]
     environment = os.environ | outside.environment
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == "", "quiet unless -v"
+    assert not re.search(r"\(pid=|INFO|WARNING|raylet|Started a local Ray", done.stdout), "no chatter of Ray"
     assert [line for line in outside.asked if not CLOUD.search(line)] == [], "no hub and no network"
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["metric"] == "exact_match"
@@ -126,6 +149,8 @@ def test_quickstart(tmp_path: Path, outside: Outside) -> None:
     export, ui, baseline = (line.strip() for line in said if not line.lstrip().startswith("source "))
     assert ui == "mlflow ui --backend-store-uri sqlite:///mlflow.db"
     assert baseline == "hyperlora train quickstart method=adalora"
+    asked = opened(shlex.split(ui), tmp_path, f"api/2.0/mlflow/runs/get?run_id={summary['mlflow_run_id']}")
+    assert asked["run"]["info"]["status"] == "FINISHED"
     words = [sys.executable, "-m", "pipelines.cli", *shlex.split(export)[1:]]
     again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr

@@ -89,8 +89,12 @@ runs, old = pathlib.Path(sys.argv[1]), set(sys.argv[2:])
 deadline = time.monotonic() + 240
 while time.monotonic() < deadline:
     if any(p.parts[len(runs.parts)] not in old for p in runs.glob("*/checkpoints/*/COMMIT")):
-        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-        busy = [p for p in workers if "execute" in " ".join(p.info["cmdline"]) or p.cpu_times().user > 1]
+        try:
+            processes = [(p, " ".join(p.info["cmdline"] or [])) for p in psutil.process_iter(["cmdline"])]
+            workers = [(p, line) for p, line in processes if "RayTrainWorker" in line]
+            busy = [p for p, line in workers if "execute" in line or p.cpu_times().user > 1]
+        except psutil.Error:
+            continue  # one ended while it was looked at
         if busy:
             os.kill(busy[-1].pid, signal.SIGKILL)
             print("killed worker", busy[-1].pid)
@@ -126,6 +130,18 @@ def test_more_than_the_cluster_has(recipe_file: Path, capfd: pytest.CaptureFixtu
     message = " ".join(capfd.readouterr().err.split())
     assert "ray.cpus_per_worker: got 3.0; 2 workers need 6 CPUs, the cluster has 4" in message
     assert "ray.gpus_per_worker: got 1.0; 2 workers need 2 GPUs, the cluster has 0" in message
+
+
+def test_verbose_shows_what_ray_says(recipe_file: Path) -> None:
+    words = [sys.executable, "-m", "pipelines.cli", "train", str(recipe_file), *TWO]
+    said = {}
+    for more in ((), ("-v",)):
+        done = subprocess.run([*words, *more], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said[more] = done.stdout + done.stderr
+    assert "Started a local Ray instance" in said["-v",]
+    assert "(RayTrainWorker pid=" in said["-v",] or "(TrainController pid=" in said["-v",]
+    assert not re.search(r"Started a local Ray|pid=", said[()])
 
 
 def test_killed_driver_resumes(recipe_file: Path) -> None:

@@ -286,7 +286,8 @@ def test_an_end_that_cannot_be_stored_is_kept_here(
     message = " ".join(capfd.readouterr().err.split())
     kept = tmp_path / "state/hyperlora" / uri.rsplit("/", 1)[1]
     assert f"a local copy of checkpoint and adapter is kept in {kept}" in message
-    assert "step-00000015" in message
+    # Of the checkpoints before it some may have been left out: one that waits gives way to a newer one.
+    assert f"the newest checkpoint in the store: {checkpoint.committed(uri)[-1]}" in message
     assert runs.result(uri) is None
     saved, _ = checkpoint.load_latest(str(kept))
     assert saved is not None

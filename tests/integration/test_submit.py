@@ -110,7 +110,9 @@ def test_the_doctor_tries_every_node(address: str, tmp_path: Path) -> None:
     done = hyperlora("doctor", str(path), "mlflow.enabled=true", "--address", address)
     assert done.returncode == 0, done
     assert re.search(r"ok\s+node [^,\n]+: the same versions as here", done.stdout), done
-    assert done.stdout.count("written and read in") == 2, "here and there"
+    assert done.stdout.count("written and read in") == 3, "here, in the job, and on the node"
+    assert done.stdout.count(": a run written in") == 3
+    assert re.search(r"ok\s+node [^,\n]+, shared storage: what the job wrote is there", done.stdout), done
 
 
 @pytest.mark.parametrize("mode", ["disabled", "token"])

@@ -16,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from hyperlora import METHODS
+from hyperlora.tracking import git_state
 from pipelines.cli import main
 
 KEYS = {
@@ -135,6 +136,10 @@ def test_mlflow_has_every_step(recipe_file: Path, tmp_path: Path) -> None:
     assert [m.step for m in client.get_metric_history(run.info.run_id, "held_out_loss")] == [0, 10, 20]
     assert run.data.params["optimizer.lr"] == "0.01"
     assert run.data.params["resolved.pruning.interval"] == "1"
+    decided = {k: run.data.params[f"resolved.{k}"] for k in ("adapter.factorization", "optimizer.direction", "gamma")}
+    assert decided == {"adapter.factorization": "fused", "optimizer.direction": "orthogonal", "gamma": "0.1"}
+    assert run.data.params["resolved.optimizer.trunk_lr"] == "0.0005"
+    assert git_state().items() <= run.data.tags.items()
     assert {"version.torch", "version.peft", "hyperlora.method"} <= run.data.tags.keys()
     artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {"recipe.yaml", "rank_heat_map.png", "loss_curve.png", "result.json"} <= artifacts
@@ -163,9 +168,13 @@ def test_dry_run_starts_nothing(recipe_file: Path, tmp_path: Path, capsys: pytes
     summary = tmp_path / "dry.json"
     assert main(["train", str(recipe_file), "--dry-run", "--json", str(summary)]) == 0
     shown = capsys.readouterr().out
-    for part in ("method: hyperadalora", "64 to train on, 8 held out", "rank budget", "56 to 28", "memory"):
+    decided = "optimizer.trunk_lr 0.0005, optimizer.output_lr 0.0005, gamma 0.0, optimizer.direction orthogonal"
+    shown = " ".join(shown.split())
+    for part in ("method: hyperadalora", "64 to train on, 8 held out", "rank budget", "56 to 28", "memory", decided):
         assert part in shown
     estimate = json.loads(summary.read_text())["estimate"]
+    assert estimate["decided"]["adapter.factorization"] == "fused"
+    assert estimate["decided"]["hypernetwork.intermediate_size"] == 92
     assert (estimate["modules"], estimate["rank_initial"], estimate["rank_target"]) == (14, 56, 28)
     assert not (tmp_path / "runs").exists()
     actual = train(recipe_file, "training.steps=20")

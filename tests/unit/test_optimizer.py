@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import RULES, VARIANTS, build_batch, build_llama, build_optimizer, train_steps
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hyperlora import METHODS, HyperAdaLoRA, Pruning
 from hyperlora.hypernetworks import HypernetworkSpec
@@ -316,3 +318,17 @@ def test_adam_moves_every_entry_of_p_against_its_own_gradient(initialization: st
     source.advance(gradients, rates, torch.zeros(()), optimizer._live_tokens())
     for old, new, gradient in zip(before, factors.tensors(), gradients.tensors(), strict=True):
         assert torch.allclose(new - old, -1e-2 * gradient.sign(), atol=1e-6)
+
+
+def test_layers_that_hold_their_weight_transposed() -> None:
+    """GPT-2's Conv1D: A and B are what they are anywhere else."""
+    torch.manual_seed(0)
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(vocab_size=48, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2, **quiet)
+    targets = ["c_attn", "c_proj", "c_fc"]
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    model = get_peft_model(GPT2LMHeadModel(config).double(), lora).double()
+    optimizer = build_optimizer(model)
+    losses = train_steps(model, optimizer, 40)
+    assert losses[-1] < losses[0] - 0.5
+    assert optimizer.live == 2 * len(optimizer.layout.modules) == 16
