@@ -150,7 +150,7 @@ def test_penalty_enters_the_gradient_as_the_penalty_of_the_generated_factors(
     factorization: Factorization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, optimizer, source = trained("hybrid", factorization=factorization)
-    optimizer._gamma = 0.3
+    optimizer.gamma = 0.3
     factors = source.factors.like(source.generated())
     ids, modules = build_batch(seed=11), len(optimizer.layout.modules)
     total = whole_loss(model, optimizer, factors, ids)
