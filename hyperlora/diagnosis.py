@@ -59,13 +59,18 @@ def disk(folder: str | None = None) -> Check:
     return Check("disk", "ok", found)
 
 
+def _place(uri: str) -> str:
+    """A file below a storage URI that nobody else has."""
+    return f"{uri.rstrip('/')}/.doctor-{secrets.token_hex(6)}"
+
+
 def store(uri: str) -> Iterator[Check]:
     """Write, read, conditional write and removal below a storage URI."""
     shown = uris.redacted(uri)
     if (allowed := uris.problem(uri)) is not None:
         yield Check("storage", "fail", shown, allowed)
         return
-    probe = f"{uri.rstrip('/')}/.doctor-{secrets.token_hex(6)}"
+    probe = _place(uri)
     try:
         began = time.monotonic()
         storage.write(probe, b"one")
@@ -112,7 +117,7 @@ def mark(uri: str) -> Iterator[str]:
     Raises:
         StorageError: it could not be written.
     """
-    place = f"{uri.rstrip('/')}/.doctor-{secrets.token_hex(6)}"
+    place = _place(uri)
     storage.write(place, place.encode())
     try:
         yield place

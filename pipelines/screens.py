@@ -42,14 +42,11 @@ def _grid(rows: list[tuple[str, RenderableType]]) -> Table:
     return grid
 
 
-def _given(recipe: Recipe, key: str) -> bool:
-    """Whether a recipe says something itself."""
-    return flatten(recipe.model_dump(mode="json")).get(key) is not None
-
-
 def estimate(recipe: Recipe, e: Estimate) -> RenderableType:
     """The resolved recipe and what it will need."""
-    content = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    said = recipe.model_dump(mode="json")
+    content = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
+    given = flatten(said)
     p = e.pruning
     falls = (
         f"{p['schedule']}: every {p['interval']} steps from {p['start']} to {e.steps - p['final']}, score {p['score']}"
@@ -64,7 +61,7 @@ def estimate(recipe: Recipe, e: Estimate) -> RenderableType:
         ("base model", f"{e.base_parameters:,} parameters, frozen"),
         ("adapter", f"{e.sizes.adapter:,} parameters in {e.modules} modules at rank {recipe.adapter.rank}"),
         ("rank budget", f"{e.rank_initial:,} to {e.rank_target:,}; pruning {falls}"),
-        ("decided for it", ", ".join(f"{k} {v}" for k, v in e.decided.items() if not _given(recipe, k))),
+        ("decided for it", ", ".join(f"{k} {v}" for k, v in e.decided.items() if given.get(k) is None)),
         ("trainable", f"{e.sizes.trainable:,} ({recipe.method}); AdaLoRA {e.adalora.trainable:,}"),
         ("optimizer state", f"{size(e.sizes.state_bytes)} ({recipe.method}); AdaLoRA {size(e.adalora.state_bytes)}"),
         (

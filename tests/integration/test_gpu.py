@@ -13,7 +13,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hyperlora.config import parse
 from hyperlora.training import RunInfo, Silent, Trainer, World
 from pipelines.cli import main
 from pipelines.common import load_recipe
@@ -51,7 +50,7 @@ def weights(result: dict[str, Any]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", ["hyperadalora", "adalora"])
 def test_the_optimizers_step_never_waits_for_the_device(method: str, tmp_path: Path) -> None:
     recipe = load_recipe("quickstart", [*CHANGES, f"storage.uri={tmp_path}", f"method={method}"])
-    trainer = Trainer(parse(recipe.model_dump(mode="json")), RunInfo(str(tmp_path)), World(), Silent())
+    trainer = Trainer(recipe, RunInfo(str(tmp_path)), World(), Silent())
     inner = trainer.optimizer.step
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -112,7 +111,7 @@ def test_times_of_steps_are_the_devices(tmp_path: Path) -> None:
 def test_plain_peft_on_the_gpu_gives_the_runs_held_out_loss(tmp_path: Path) -> None:
     result = run(tmp_path)
     recipe = load_recipe("quickstart", [*CHANGES, f"storage.uri={tmp_path}"])
-    trainer = Trainer(parse(recipe.model_dump(mode="json")), RunInfo(str(tmp_path / "other")), World(), Silent())
+    trainer = Trainer(recipe, RunInfo(str(tmp_path / "other")), World(), Silent())
     base = AutoModelForCausalLM.from_pretrained(Path(__file__).parents[2] / "hyperlora/assets/storylm").cuda()
     trainer.model = PeftModel.from_pretrained(base, result["adapter"]).eval()
     plain = trainer.evaluate()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import s3
 import torch
 import yaml
 from conftest import small_recipe
+from payload import Payload
 from peft import PeftModel
 from tracking_server import Server
 
@@ -24,16 +24,6 @@ from hyperlora.tasks import build_task
 from pipelines.cli import main
 
 ARTIFACTS = "s3://bucket/mlflow"
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.folder),)
 
 
 @pytest.fixture

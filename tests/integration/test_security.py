@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from payload import Payload
 from refusals import Refused
 from test_bad_models import edit, pretrained
 
@@ -23,16 +23,6 @@ from pipelines.cli import main
 ROOT = Path(__file__).parents[2]
 HASH = "0123456789abcdef0123456789abcdef01234567"
 SECRET = "hunter2"
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.folder),)
 
 
 @pytest.fixture
