@@ -47,13 +47,13 @@ READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2",
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 
-def forms(hidden_size: int = 24) -> dict[str, tuple[str, dict[str, Any]]]:
+def forms() -> dict[str, tuple[str, dict[str, Any]]]:
     """Forms besides the defaults: the method's name and what its optimizer is given.
 
     Operations do not depend on the size of the hypernetworks, so that a small one will do.
     """
     published = Pruning("cubic", interval=INTERVAL, start=INTERVAL, final=100, score="adalora")
-    small = {"hidden_size": hidden_size, "heads": 2}
+    small = {"hidden_size": 24, "heads": 2}
     return {
         "adalora as published": (
             "adalora",
@@ -140,12 +140,12 @@ def count_methods(
     }
 
 
-def count_forms(layers: int, hidden_size: int = 24) -> dict[str, dict[str, int]]:
+def count_forms(layers: int) -> dict[str, dict[str, int]]:
     """Operations of an ordinary step of each of the :func:`forms`."""
     ids = tokens()
     return {
         form: summarize(count_after(build(name, layers, **changes), WARM_UP, ids))
-        for form, (name, changes) in forms(hidden_size).items()
+        for form, (name, changes) in forms().items()
     }
 
 
