@@ -11,12 +11,13 @@ quickstart: setup
 	$(BIN)/hyperlora train quickstart
 
 # One thread for each process: the models of the tests are too small for more, and workers share the cores.
-# Two files at a time: much of the time of the tests is spent waiting for processes to start and to end.
+# Two files at a time: much of the time of the tests is spent waiting for processes to start and to end. A test takes
+# five minutes at most on two slow cores; one that hangs fails, with the stacks of its threads, and the others go on.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 900 --cov --cov-report=term
 
 setup: $(VENV)/.ready
 

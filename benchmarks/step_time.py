@@ -1,0 +1,82 @@
+"""Time of one training step of each contestant of a comparison, side by side in one process.
+
+All contestants are built on models of their own and take the same batches in turn, each round beginning with another
+one, so that what slows the machine slows all alike. A step is the loop's own: batch, forward, backward, optimizer,
+pruning events, statistics. Printed is the mean over blocks of rounds of the ratio of medians to the baseline, with its
+interval (:func:`hyperlora.comparison.interval`). Steps of the warm-up are not counted.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.step_time benchmarks/recipes/gsm8k.yaml --json out/step_time.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import interleaved, provenance, write_json
+from hyperlora.comparison import interval
+from hyperlora.field import read_field, resolve
+from hyperlora.training import RunInfo, Silent, Trainer, World, global_batches
+from pipelines.common import load_recipe, shipped
+
+#: Blocks of rounds: one ratio each.
+BLOCKS = 5
+ONLY = "peft-adalora,lora,dora,orthogonal,hyperadalora"
+
+
+def measure(path: str, overrides: list[str], only: list[str], rounds: int, warm_up: int, folder: str) -> dict[str, Any]:
+    """Ratios of the contestants' seconds per step to the baseline's.
+
+    Raises:
+        RecipeError: the recipe or a contestant is not valid.
+    """
+    field = read_field(shipped("fields")["default"])
+    steps = warm_up + rounds
+    recipe = load_recipe(path, [*overrides, f"training.steps={steps}"])
+    trainers = {
+        c.name: Trainer(c.recipe, RunInfo(f"{folder}/{c.name}"), World(), Silent())
+        for c in resolve(field, recipe, only)
+    }
+    rows = len(next(iter(trainers.values())).task.train)
+    batches = global_batches(rows, recipe.training.batch_size, recipe.seed, 0)
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    order = iter(interleaved(tuple(trainers), steps))
+    for number, batch in enumerate(islice(batches, steps), 1):
+        for name in islice(order, len(trainers)):
+            seconds[name].append(trainers[name].train_step(batch).read()["step_seconds"])
+        if number % 50 == 0:
+            print(f"{number} of {steps} rounds", flush=True)
+    size = rounds // BLOCKS
+    blocks = [slice(warm_up + n * size, warm_up + (n + 1) * size) for n in range(BLOCKS)]
+    base = [statistics.median(seconds[field.baseline][b]) for b in blocks]
+    return {
+        name: interval([statistics.median(values[b]) / baseline for b, baseline in zip(blocks, base, strict=True)])
+        for name, values in seconds.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a recipe file or the name of one that ships")
+    parser.add_argument("overrides", nargs="*", help="key.sub=value")
+    parser.add_argument("--only", default=ONLY, help="contestants of the default field, beside its baseline")
+    parser.add_argument("--rounds", type=int, default=200, help=f"timed steps of each, in {BLOCKS} blocks")
+    parser.add_argument("--warm-up", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        only = options.only.split(",")
+        ratios = measure(options.recipe, options.overrides, only, options.rounds, options.warm_up, folder)
+    for name, r in ratios.items():
+        print(f"{name:16}{r['mean']:.3f} ({r['low']:.3f} to {r['high']:.3f})")
+    if options.json:
+        settings = {"recipe": options.recipe, "overrides": options.overrides, "rounds": options.rounds}
+        write_json(options.json, settings | {"ratios": ratios} | provenance())
+
+
+if __name__ == "__main__":
+    main()
