@@ -71,12 +71,16 @@ def forms() -> dict[str, tuple[str, dict[str, Any]]]:
         **{
             f"rule {rule}": (
                 "hyperadalora",
-                {"update_rule": UpdateRule(rule), "hypernetwork": HypernetworkSpec(**small)},
+                {"update_rule": UpdateRule(rule, every=1), "hypernetwork": HypernetworkSpec(**small)},
             )
             for rule in get_args(Rule)
         },
         **{kind: ("hyperadalora", {"hypernetwork": HypernetworkSpec(kind, **small)}) for kind in get_args(Kind)},
         "per layer": ("hyperadalora", {"hypernetwork": HypernetworkSpec(per_layer=True, **small)}),
+        "between two moves of Φ": (
+            "hyperadalora",
+            {"update_rule": UpdateRule(every=INTERVAL), "hypernetwork": HypernetworkSpec(**small)},
+        ),
     }
 
 

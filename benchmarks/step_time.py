@@ -2,8 +2,8 @@
 
 All contestants are built on models of their own and take the same batches in turn, each round beginning with another
 one, so that what slows the machine slows all alike. A step is the loop's own: batch, forward, backward, optimizer,
-pruning events, statistics. Printed is the mean over blocks of rounds of the ratio of medians to the baseline, with its
-interval (:func:`hyperlora.comparison.interval`). Steps of the warm-up are not counted.
+pruning events, statistics. Printed is the ratio of the seconds of twenty steps to the baseline's in the same rounds:
+its mean over the run with its interval (:func:`hyperlora.comparison.interval`). The warm-up is not counted.
 
     OMP_NUM_THREADS=1 python -m benchmarks.step_time benchmarks/recipes/gsm8k.yaml --json out/step_time.json
 """
@@ -11,7 +11,6 @@ interval (:func:`hyperlora.comparison.interval`). Steps of the warm-up are not c
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -23,8 +22,8 @@ from hyperlora.field import read_field, resolve
 from hyperlora.training import RunInfo, Silent, Trainer, World, global_batches
 from pipelines.common import load_recipe, shipped
 
-#: Blocks of rounds: one ratio each.
-BLOCKS = 5
+#: Steps that make one ratio: not all cost the same.
+BLOCK = 20
 ONLY = "peft-adalora,lora,dora,orthogonal,hyperadalora"
 
 
@@ -50,12 +49,11 @@ def measure(path: str, overrides: list[str], only: list[str], rounds: int, warm_
             seconds[name].append(trainers[name].train_step(batch).read()["step_seconds"])
         if number % 50 == 0:
             print(f"{number} of {steps} rounds", flush=True)
-    size = rounds // BLOCKS
-    blocks = [slice(warm_up + n * size, warm_up + (n + 1) * size) for n in range(BLOCKS)]
-    base = [statistics.median(seconds[field.baseline][b]) for b in blocks]
+    starts = range(warm_up, steps, BLOCK)
+    base = seconds[field.baseline]
     return {
-        name: interval([statistics.median(values[b]) / baseline for b, baseline in zip(blocks, base, strict=True)])
-        for name, values in seconds.items()
+        name: interval([sum(own[n : n + BLOCK]) / sum(base[n : n + BLOCK]) for n in starts])
+        for name, own in seconds.items()
     }
 
 
@@ -64,10 +62,12 @@ def main() -> None:
     parser.add_argument("recipe", help="a recipe file or the name of one that ships")
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     parser.add_argument("--only", default=ONLY, help="contestants of the default field, beside its baseline")
-    parser.add_argument("--rounds", type=int, default=200, help=f"timed steps of each, in {BLOCKS} blocks")
+    parser.add_argument("--rounds", type=int, default=200, help=f"timed steps of each, a multiple of {BLOCK}")
     parser.add_argument("--warm-up", type=int, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.rounds < 1 or options.rounds % BLOCK:
+        parser.error(f"--rounds {options.rounds}: a multiple of {BLOCK}")
     with tempfile.TemporaryDirectory() as folder:
         only = options.only.split(",")
         ratios = measure(options.recipe, options.overrides, only, options.rounds, options.warm_up, folder)

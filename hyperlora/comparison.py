@@ -278,7 +278,7 @@ def _trial(record: Record, baseline: np.ndarray | None) -> dict[str, Any]:
         "auc": float(np.trapezoid(curve) / (len(curve) - 1)),
         "metric": outcome["metric_after"],
         "held_out_loss": outcome["held_out_loss_after"],
-        "seconds_per_step": float(np.median(times)),
+        "seconds_per_step": float(np.mean(times)),
         "peak_memory_bytes": record["peak_memory_bytes"],
         "optimizer_state_bytes": outcome["optimizer_state_bytes"],
         "trainable_parameters": outcome["trainable_parameters"],

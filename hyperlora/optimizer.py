@@ -371,7 +371,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
 
         factor_group, trunk_group, output_group, other_group = self.param_groups
         rates = LearningRates(factor_group["lr"], trunk_group["lr"], output_group["lr"], self._lambda_ratio)
-        self.source.advance(gradients, rates, found_inf, self._live_tokens())
+        pruned = self.steps_done + 1 in self.plan.events
+        self.source.advance(gradients, rates, found_inf, self._live_tokens(), pruned=pruned)
         if zeroed is not None:
             self._zero(factors, zeroed)
         self._adam_other.step(self._grad_other, other_group["lr"], found_inf)

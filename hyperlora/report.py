@@ -445,7 +445,7 @@ def _guide(result: Mapping[str, Any]) -> str:
         ),
         (
             "Time",
-            "Seconds per step is the median over the steps of a trial, on the machine below, which may run other "
+            "Seconds per step is the mean over the steps of a trial, on the machine below, which may run other "
             "trials at the same time.",
         ),
         (

@@ -52,7 +52,7 @@ def row(record: Record, metric: str) -> dict[str, Any]:
             "adapter_parameters_final": outcome["adapter_parameters_final"],
             "trainable_parameters": outcome["trainable_parameters"],
             "training_seconds": outcome["training_seconds"],
-            "seconds_per_step": float(np.median(outcome["step_seconds"])),
+            "seconds_per_step": float(np.mean(outcome["step_seconds"])),
         }
     return known | dict(record["values"]) | numbers | {"peak_memory_bytes": record["peak_memory_bytes"]}
 
@@ -136,7 +136,7 @@ def _measures(own: Sequence[Record], metric: str) -> dict[str, Any]:
         **mean_interval(list(by_seed.values())),
         "parameters": _mean([o["adapter_parameters_final"] for o in outcomes]),
         "rank_final": _mean([o["rank_final"] for o in outcomes]),
-        "seconds_per_step": _mean([float(np.median(o["step_seconds"])) for o in outcomes]),
+        "seconds_per_step": _mean([float(np.mean(o["step_seconds"])) for o in outcomes]),
         "rank_stability": rank_stability([[m["rank"] for m in o["modules"]] for o in outcomes]),
     }
 

@@ -8,7 +8,7 @@ With H the hypernetworks, θ the factors, D direct parameters and a a scale, θ_
                  rule integrates the gradient twice, which is momentum without friction
     anchored     θ_0 + a·H(θ_0)              a pure reparametrisation
     reanchored   anchored, with θ_0 := θ_i and the output maps at zero every K steps
-    hybrid       D + a·H(θ_0)
+    hybrid       D + a·H(θ_0)                where Φ moves at every K-th step and D at each
 
 Only the parameters Φ of H, and D, are optimized. The graph of the last generation is kept until the gradients of θ
 arrive: that is the second stage of the backward pass.
@@ -44,16 +44,20 @@ class UpdateRule:
         scale: a.
         friction: μ, for ``friction`` only: momentum is 1 - μ.
         reanchor_every: K, in optimizer steps, for ``reanchored`` only.
+        every: K, in optimizer steps, for ``hybrid`` only: Φ moves by the gradient of every K-th step.
     """
 
     name: Rule = "hybrid"
     scale: float = 1.0
     friction: float = 0.1
     reanchor_every: int = 50
+    every: int = 4
 
     def __post_init__(self) -> None:
         if self.name not in get_args(Rule):
             raise ValueError(f"update rule {self.name!r} is unknown; allowed: {', '.join(get_args(Rule))}")
+        if self.every < 1:
+            raise ValueError(f"every={self.every}: at least 1 step")
 
 
 @dataclass(frozen=True)
@@ -177,8 +181,13 @@ class FactorSource(Protocol):
 
     factors: Factors
 
-    def advance(self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor]) -> None:
-        """Take the gradients of the factors, update what is optimized, and set the next ``factors``."""
+    def advance(
+        self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor], *, pruned: bool = True
+    ) -> None:
+        """Take the gradients of the factors, update what is optimized, and set the next ``factors``.
+
+        ``pruned``: whether ``live`` may differ from that of the last call.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that a checkpoint needs, by name."""
@@ -197,7 +206,9 @@ class DirectFactors:
         self.factors = initial
         self._adam = FactorAdam(initial, settings, direction)
 
-    def advance(self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor]) -> None:
+    def advance(
+        self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor], *, pruned: bool = True
+    ) -> None:
         self._adam.step(gradients, rates.factors, rates.singular_values, found_inf, live)
 
     def state(self) -> dict[str, Tensor]:
@@ -292,10 +303,14 @@ class GeneratedFactors:
                 assert self.networks.lam is not None
                 self._generated += [self.networks.lam([inputs.lam.unsqueeze(-1)], [live[outputs]])[0].squeeze(-1)]
             self._generated += self.networks.q(inputs.q, live[outputs + 1 :])
+        self._combine()
+
+    def _combine(self) -> None:
+        """Set ``factors`` from what H generated last and the additive part."""
         values = [t.detach() for t in self._generated]
         if self.rule.name != "generate":
             values = list(torch._foreach_add(self._base.tensors(), values, alpha=self.rule.scale))
-        self.factors = inputs.like([v.contiguous() for v in values])
+        self.factors = self._input.like([v.contiguous() for v in values])
 
     def generated(self) -> list[Tensor]:
         """The factors with the graph to Φ attached, in the order of ``Factors.tensors``."""
@@ -320,15 +335,19 @@ class GeneratedFactors:
         with reduced_products():
             return list(torch.autograd.grad([out for out, _ in pairs], self.phi, [g for _, g in pairs]))
 
-    def advance(self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor]) -> None:
-        phi = self.gradients(gradients)
-        speeds = [rates.trunk, rates.output, *(r * rates.singular_values for r in (rates.trunk, rates.output))]
-        for part, adam, rate in zip(self._phi, self._adam_phi, speeds, strict=True):
-            adam.step(phi[: len(part)], rate, found_inf)
-            phi = phi[len(part) :]
+    def advance(
+        self, gradients: Factors, rates: LearningRates, found_inf: Tensor, live: list[Tensor], *, pruned: bool = True
+    ) -> None:
         name = self.rule.name
         self._step += 1
         self._steps_done += 1
+        moves = name != "hybrid" or self._steps_done % self.rule.every == 0
+        if moves:
+            phi = self.gradients(gradients)
+            speeds = [rates.trunk, rates.output, *(r * rates.singular_values for r in (rates.trunk, rates.output))]
+            for part, adam, rate in zip(self._phi, self._adam_phi, speeds, strict=True):
+                adam.step(phi[: len(part)], rate, found_inf)
+                phi = phi[len(part) :]
         if name == "hybrid":
             assert self._adam_base is not None
             self._adam_base.step(gradients, rates.factors, rates.singular_values, found_inf, live)
@@ -348,7 +367,10 @@ class GeneratedFactors:
             self._keep(self._base, found_inf)
             with torch.no_grad():
                 torch._foreach_mul_(self._output, found_inf.to(self._output[0].dtype))
-        self._generate(live)
+        if moves or pruned:
+            self._generate(live)
+        else:
+            self._combine()
 
     def _keep(self, target: Factors, found_inf: Tensor) -> None:
         """``target := factors``, unless the step was skipped."""

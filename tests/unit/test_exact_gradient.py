@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.func import functional_call
 
-from hyperlora import METHODS, HyperAdaLoRA, HypernetworkSpec, Pruning
+from hyperlora import METHODS, HyperAdaLoRA, HypernetworkSpec, Pruning, UpdateRule
 from hyperlora.factors import Factors
 from hyperlora.hypernetworks import Kind
 from hyperlora.optimizer import Factorization
@@ -25,7 +25,9 @@ def trained(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     pruning = Pruning(score="sensitivity", interval=2, start=3, final=35)
-    optimizer = build_optimizer(model, method, rule, gamma=0.0, pruning=pruning, **changes)
+    # Hybrid's hypernetworks move at every third step: after five steps, at the next.
+    update = UpdateRule(rule, reanchor_every=7, every=3)  # type: ignore[arg-type]
+    optimizer = build_optimizer(model, method, gamma=0.0, pruning=pruning, update_rule=update, **changes)
     train_steps(model, optimizer, 5)
     assert isinstance(optimizer.source, GeneratedFactors)
     if optimizer.method.singular_values:

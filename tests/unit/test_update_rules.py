@@ -28,7 +28,9 @@ SCALE = 0.5
 class Bench:
     """A source of factors with random gradients, and H evaluated by hand."""
 
-    def __init__(self, name: str, *, every: int = 2, friction: float = 0.25, singular_values: bool = True) -> None:
+    def __init__(
+        self, name: str, *, every: int = 2, friction: float = 0.25, singular_values: bool = True, period: int = 1
+    ) -> None:
         layout = FactorLayout(adapted_modules(build_llama(layers=1)))
         rng = torch.Generator().manual_seed(0)
         self.live = [torch.ones(len(c.members), layout.rank, dtype=torch.bool) for c in layout.classes]
@@ -43,7 +45,7 @@ class Bench:
             normal(len(layout.modules), layout.rank) if singular_values else None,
             [normal(*c.buffer.shape) for c in layout.inputs],
         )
-        rule = UpdateRule(name, scale=SCALE, friction=friction, reanchor_every=every)  # type: ignore[arg-type]
+        rule = UpdateRule(name, scale=SCALE, friction=friction, reanchor_every=every, every=period)  # type: ignore[arg-type]
         start = (1.0, 0.0, 1.0) if singular_values else (0.0, None, 1.0)
         networks = build_networks(layout, HypernetworkSpec(hidden_size=24, heads=2), start=start, rule=rule, seed=0)
         self.source = GeneratedFactors(
@@ -55,8 +57,8 @@ class Bench:
         shapes = [t.shape for t in self.start.tensors()]
         return self.start.like([torch.randn(s, generator=self.rng, dtype=torch.float64) for s in shapes])
 
-    def advance(self, gradients: Factors | None = None, found_inf: Tensor = TAKEN) -> Factors:
-        self.source.advance(gradients or self.gradients(), RATES, found_inf, self.live)
+    def advance(self, gradients: Factors | None = None, found_inf: Tensor = TAKEN, *, pruned: bool = True) -> Factors:
+        self.source.advance(gradients or self.gradients(), RATES, found_inf, self.live, pruned=pruned)
         return self.source.factors
 
     @torch.no_grad()
@@ -172,6 +174,36 @@ def test_hybrid_is_adam_on_direct_parameters_plus_a_correction() -> None:
         base = bench.start.like([p.detach() for p in direct])
         assert_equal(after, plus(base, bench.h(bench.start)), 1e-12)
         assert moved(after, base)
+
+
+def test_hybrids_hypernetworks_move_at_every_kth_step_by_its_gradient() -> None:
+    bench, always = Bench("hybrid", period=3), Bench("hybrid")
+    start = [p.detach().clone() for p in bench.source.phi]
+    gradients = [bench.gradients() for _ in range(3)]
+    for n, gradient in enumerate(gradients, 1):
+        before = bench.source.factors
+        after = bench.advance(gradient, pruned=False)
+        assert moved(before, after)
+        base = after.like(list(bench.source._base.tensors()))
+        assert_equal(after, plus(base, bench.h(bench.start)))
+        assert all(map(torch.equal, bench.source.phi, start)) == (n < 3)
+    always.advance(gradients[2])
+    for mine, theirs in zip(bench.source.phi, always.source.phi, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
+
+
+def test_between_two_steps_of_the_hypernetworks_a_pruning_event_and_a_restart_give_the_same_factors() -> None:
+    bench = Bench("hybrid", period=4)
+    for _ in range(4):
+        bench.advance(pruned=False)
+    full = bench.h(bench.start)
+    for mask in bench.live:
+        mask[:, -1] = False  # seen by no other direction from here on
+    after = bench.advance(pruned=True)
+    assert_equal(after, plus(after.like(list(bench.source._base.tensors())), bench.h(bench.start)))
+    assert moved(after.like(full), after.like(bench.h(bench.start))), "H sees the event"
+    bench.source.restored(bench.live)
+    assert_equal(bench.source.factors, after.tensors(), 0)
 
 
 @pytest.mark.parametrize("rule", RULES)
