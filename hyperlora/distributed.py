@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -25,6 +25,7 @@ import torch.distributed as dist
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -54,7 +55,7 @@ class _QueueSink:
     def _add(self, kind: str, *arguments: Any) -> None:
         self._events.append((kind, arguments))
         if kind != "step" or time.monotonic() - self._sent > self._interval:
-            self.flush()
+            self._send()
 
     def phase(self, name: str) -> None:
         self._add("phase", name)
@@ -68,13 +69,17 @@ class _QueueSink:
     def warning(self, monitor: str, step: int, message: str) -> None:
         self._add("warning", monitor, step, message)
 
-    def flush(self) -> None:
+    def flush(self) -> Callable[[], None]:
+        self._send()
+        return lambda: None
+
+    def close(self) -> None:
+        self._send()
+
+    def _send(self) -> None:
         if self._events:
             self._queue.put_nowait_batch(self._events)
         self._events, self._sent = [], time.monotonic()
-
-    def close(self) -> None:
-        self.flush()
 
 
 class _Order:
@@ -98,6 +103,23 @@ class _Order:
                 return
 
 
+class _Preemption:
+    """Whether Ray has told of another node that is going away: of a spot machine, or one that is drained.
+
+    Read where Ray leaves it in this process. ``ray.train.get_preemption_info`` waits for all workers at every call.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def __call__(self) -> bool:
+        info = get_train_context().preemption_context.preemption_info
+        leaving = set() if info is None else set(info.preempted_node_ids)
+        new = not leaving <= self._known
+        self._known |= leaving
+        return new
+
+
 def _worker(config: dict[str, Any]) -> None:
     """What runs on every Ray Train worker."""
     recipe = parse(config["recipe"])
@@ -115,8 +137,9 @@ def _worker(config: dict[str, Any]) -> None:
 
             sinks.append(MLflowSink(recipe.mlflow.tracking_uri, run.mlflow_run_id))
     order = _Order(config["orders"]) if rank == 0 else None
+    leaving = _Preemption() if rank == 0 else lambda: False
     try:
-        training.train(recipe, run, world, Tee(*sinks), stop=lambda: order is not None and order.given())
+        training.train(recipe, run, world, Tee(*sinks), lambda: order is not None and order.given(), leaving)
     except (NonFiniteError, RecipeError, StoppedError, NotStoredError) as error:
         # Every worker meets these at the same point, and starting again would only meet them again.
         if rank == 0:

@@ -38,11 +38,14 @@ class Spool:
         self._file: TextIO | None = None
         self._durable = True
         self.dropped = 0
+        #: Records that were removed, and all that were ever in the queue.
+        self.removed, self.added = 0, 0
         self._records: list[dict[str, Any]] = []
         try:
             self._records = _read(path)[:capacity]
         except OSError as error:
             self._memory_only(error)
+        self.added = len(self._records)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -56,6 +59,7 @@ class Spool:
                 self.dropped += 1
                 return
             self._records.append(record)
+            self.added += 1
             if self._durable:
                 try:
                     self._append(record)
@@ -81,6 +85,7 @@ class Spool:
     def remove(self, count: int) -> None:
         """Forget the oldest records."""
         with self._lock:
+            self.removed += len(self._records[:count])
             del self._records[:count]
             if not self._records:
                 self._close()

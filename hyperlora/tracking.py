@@ -48,7 +48,7 @@ VALUE = 6000
 RECORDS = 50
 # The metric by which a step or an evaluation is known to be in a run.
 _SIGN = {"step": "loss", "evaluation": "held_out_loss"}
-# Seconds that a checkpoint waits for metrics to be delivered.
+# Seconds that the commit of a checkpoint waits, in the background, for metrics to be delivered.
 PATIENCE = 5.0
 
 
@@ -468,12 +468,17 @@ class MLflowSink:
             self._queued[kind] = step
             self._spool.add({"kind": kind, "step": step, "time": int(time.time() * 1000), "metrics": metrics})
 
-    def flush(self) -> None:
-        """Wait until everything is delivered, unless the server is away."""
-        deadline = time.monotonic() + PATIENCE
+    def flush(self) -> Callable[[], None]:
+        """Have everything delivered; what is returned waits for that, unless the server is away."""
+        last = self._spool.added
         self._wake.set()
-        while len(self._spool) and not self._away and time.monotonic() < deadline:
-            time.sleep(0.005)
+
+        def wait() -> None:
+            deadline = time.monotonic() + PATIENCE
+            while self._spool.removed < last and not self._away and time.monotonic() < deadline:
+                time.sleep(0.005)
+
+        return wait
 
     def close(self) -> None:
         self._closed = True

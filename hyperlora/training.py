@@ -102,8 +102,13 @@ class Sink(Protocol):
     def warning(self, monitor: str, step: int, message: str) -> None:
         """A monitor found that the run goes wrong; once for each monitor."""
 
-    def flush(self) -> None:
-        """A checkpoint is about to be committed: what was reported before it will not be reported again."""
+    def flush(self) -> Callable[[], None]:
+        """A checkpoint is due: what was reported before it will not be reported again.
+
+        Returns at once; what it returns is called from another thread before the checkpoint is committed, and waits
+        until all of that is delivered or somewhere safe.
+        """
+        ...
 
     def close(self) -> None:
         """The run ended, well or not."""
@@ -120,7 +125,8 @@ class Silent:
 
     def warning(self, monitor: str, step: int, message: str) -> None: ...
 
-    def flush(self) -> None: ...
+    def flush(self) -> Callable[[], None]:
+        return lambda: None
 
     def close(self) -> None: ...
 
@@ -147,9 +153,14 @@ class Tee:
         for sink in self._sinks:
             sink.warning(monitor, step, message)
 
-    def flush(self) -> None:
-        for sink in self._sinks:
-            sink.flush()
+    def flush(self) -> Callable[[], None]:
+        waits = [sink.flush() for sink in self._sinks]
+
+        def wait() -> None:
+            for one in waits:
+                one()
+
+        return wait
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -311,15 +322,23 @@ class Trainer:
         world: which worker this is.
         sink: where progress and metrics go.
         stop: whether the run is to stop after the step at hand.
+        leaving: whether a checkpoint is due after the step at hand, since a worker may go away.
 
     Raises:
         RecipeError: the data or the model does not fit the recipe.
     """
 
     def __init__(
-        self, recipe: Recipe, run: RunInfo, world: World, sink: Sink, stop: Callable[[], bool] = lambda: False
+        self,
+        recipe: Recipe,
+        run: RunInfo,
+        world: World,
+        sink: Sink,
+        stop: Callable[[], bool] = lambda: False,
+        leaving: Callable[[], bool] = lambda: False,
     ) -> None:
         self.recipe, self.run, self.world, self.sink, self._stop = recipe, run, world, sink, stop
+        self._leaving = leaving
         if world.rank == 0:
             sink.phase("loading model and data")
         self.tokenizer = load_tokenizer(recipe.model)
@@ -359,7 +378,7 @@ class Trainer:
         self._committed: str | None = None
         self._failing = False
         self._checkpoint_metrics: dict[str, float] = {}
-        self._told_to_stop = False
+        self._told_to_stop = self._told_of_leaving = False
 
     def _first_rows(self) -> list[int]:
         """Rows of the first training batches, in the order in which they will be trained on."""
@@ -433,8 +452,9 @@ class Trainer:
             part_loss = self.task.loss_sum(self.model, batch) * (self.world.size / targets)
             part_loss.backward()
             loss = loss + part_loss.detach()
-        # All workers stop after the same step, so the wish to travels with the gradients.
-        self.optimizer.step(metrics=torch.stack([loss, torch.full_like(loss, float(self._stop()))]))
+        # All workers stop or save after the same step, so the wish to travels with the gradients.
+        wishes = [torch.full_like(loss, float(wish())) for wish in (self._stop, self._leaving)]
+        self.optimizer.step(metrics=torch.stack([loss, *wishes]))
         rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -448,8 +468,14 @@ class Trainer:
     def _stats(self) -> tuple[list[str], Tensor]:
         """Names and values (one tensor on the device) of what the optimizer saw in the last step."""
         stats = self.optimizer.stats
-        loss, stop = stats["metrics"]
-        columns = {"loss": loss, "stop": stop, "grad_norm": stats["grad_norm"], "found_inf": stats["found_inf"]}
+        loss, stop, leaving = stats["metrics"]
+        columns = {
+            "loss": loss,
+            "stop": stop,
+            "leaving": leaving,
+            "grad_norm": stats["grad_norm"],
+            "found_inf": stats["found_inf"],
+        }
         if "penalty" in stats:
             columns["penalty"] = stats["penalty"]
         if isinstance(self.optimizer, HyperAdaLoRA) and "importance" in stats:
@@ -471,6 +497,7 @@ class Trainer:
                 f"taken and the last checkpoint is kept; lower optimizer.lr (now {self.recipe.optimizer.lr})"
             )
         self._told_to_stop |= metrics.pop("stop") > 0
+        self._told_of_leaving |= metrics.pop("leaving") > 0
         self.losses.append(metrics["loss"])
         self.step_seconds.append(metrics["step_seconds"])
         self.training_seconds += metrics["step_seconds"]
@@ -519,15 +546,18 @@ class Trainer:
             evaluates = not last and self._due(t.eval_every)
             saves = not last and self._due(t.checkpoint_every)
             # On a GPU metrics are read one step late, so that the host never waits for the step at hand.
-            if waiting is not None and (
-                last or evaluates or saves or self._told_to_stop or self.world.device.type == "cpu"
-            ):
+            told = self._told_to_stop or self._told_of_leaving
+            if waiting is not None and (last or evaluates or saves or told or self.world.device.type == "cpu"):
                 self.report(waiting)
                 waiting = None
             if self._told_to_stop:
                 self._stop_here()
             if evaluates:
                 self.evaluate()
+            if self._told_of_leaving and not last:
+                saves, self._told_of_leaving = True, False
+                if rank0:
+                    self.sink.phase(f"a node is going away: saving a checkpoint of step {self.step}")
             if saves:
                 self.checkpoint()
         if not self._evaluated():
@@ -700,8 +730,8 @@ class Trainer:
             "recipe": self.recipe.model_dump(mode="json"),
         }
         adapter = plain_adapter(self.model, self.optimizer)
-        self.sink.flush()
-        return Snapshot(self.step, lambda: checkpoint.content(copies, trainer, adapter_files(adapter)), patience)
+        files = lambda: checkpoint.content(copies, trainer, adapter_files(adapter))  # noqa: E731
+        return Snapshot(self.step, files, patience, self.sink.flush())
 
     def _take_in(self, outcomes: list[Outcome]) -> None:
         """Tell of checkpoints that were written, and once of the first that was not."""
@@ -782,6 +812,7 @@ def train(
     world: World | None = None,
     sink: Sink | None = None,
     stop: Callable[[], bool] = lambda: False,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Run a recipe, going on from the newest good checkpoint of the run if it has one; returns the outcome.
 
@@ -791,6 +822,7 @@ def train(
         world: which worker this is.
         sink: where progress and metrics go.
         stop: whether the run is to stop after the step at hand, with a checkpoint.
+        leaving: whether a worker may go away soon; true once for each notice, which makes a checkpoint due.
 
     Raises:
         RecipeError: the data or the model does not fit the recipe, or no checkpoint of the run verifies.
@@ -804,7 +836,7 @@ def train(
         if run.owner is None and world.rank == 0:
             lease = Lease(run.uri)
             run = replace(run, owner=lease.owner)
-        trainer = Trainer(recipe, run, world, sink, stop)
+        trainer = Trainer(recipe, run, world, sink, stop, leaving)
         try:
             _resume(trainer)
             return trainer.fit()

@@ -24,11 +24,13 @@ class Snapshot:
         step: optimizer steps done.
         files: packs the checkpoint's files; called in the background.
         patience: seconds that each operation of the store is tried again.
+        reported: waits until what was reported up to this step is delivered; called in the background.
     """
 
     step: int
     files: Callable[[], dict[str, bytes]]
     patience: float
+    reported: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,12 @@ class Uploader:
         started = time.monotonic()
         files = snapshot.files()
         uri, failure = None, None
+
+        def before_commit() -> None:
+            # The run that goes on from this checkpoint reports none of these steps again.
+            snapshot.reported()
+            self._still_owner()
+
         try:
             uri = checkpoint.write(
                 self._uri,
@@ -154,7 +162,7 @@ class Uploader:
                 writer=self._writer,
                 patience=snapshot.patience,
                 give_up=self._give_up,
-                before_commit=self._still_owner,
+                before_commit=before_commit,
             )
         except FileExistsError as error:
             raise ReplacedError(str(error)) from error

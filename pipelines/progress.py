@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.markup import escape
@@ -124,8 +125,8 @@ class ProgressSink:
     def warning(self, monitor: str, step: int, message: str) -> None:
         self._print(f"[yellow]warning ({monitor.replace('_', ' ')}): {escape(message)}[/]")
 
-    def flush(self) -> None:
-        pass
+    def flush(self) -> Callable[[], None]:
+        return lambda: None
 
     def _print(self, text: str) -> None:
         self._console.print(f"[dim]{time.monotonic() - self._started:5.0f} s[/]  {text}", highlight=False)

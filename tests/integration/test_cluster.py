@@ -16,7 +16,7 @@ from nodes import Cluster, Node, hyperlora, submit, wait_until
 from safetensors.torch import load
 from tracking_server import Server
 
-from hyperlora import storage
+from hyperlora import checkpoint, storage
 from pipelines.cli import main
 
 STORE = "s3://bucket/runs"
@@ -64,10 +64,13 @@ def outcome(folder: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return json.loads(fs.cat_file(f"{run}/result.json")), load(fs.cat_file(f"{run}/adapter/adapter_model.safetensors"))
 
 
-def checkpoints(name: str) -> int:
+def saved(name: str) -> list[int]:
+    """Steps of the checkpoints that are there."""
     fs, root = storage.filesystem(STORE)
     fs.invalidate_cache()
-    return len(fs.glob(f"{root}/{name}-*/checkpoints/*/trainer.json"))
+    return [
+        checkpoint.step_of(path.rsplit("/", 1)[0]) for path in fs.glob(f"{root}/{name}-*/checkpoints/*/trainer.json")
+    ]
 
 
 def with_a_worker(nodes: list[Node]) -> list[Node]:
@@ -122,12 +125,16 @@ def test_a_node_dies_and_the_run_ends_with_the_same_adapter(
 ) -> None:
     path = write(tmp_path, "fixed", places | {"placement": "STRICT_SPREAD"}, steps=60, checkpoint_every=5)
     job = submit(cluster.url, tmp_path, "train", str(path), "--no-follow")
-    wait_until(lambda: checkpoints("fixed") >= 2, 180)
+    wait_until(lambda: len(saved("fixed")) >= 2, 180)
     victim = with_a_worker(cluster.nodes)[0]
+    # The cloud tells of it before: a checkpoint is saved at once. Ray ends the attempt when the time is over.
+    victim.announce_end(cluster.head, 15)
+    wait_until(lambda: any(step % 5 for step in saved("fixed")), 60)
     victim.kill()
     cluster.nodes.remove(victim)
     done = follow(cluster.url, job["job_id"])
     assert done["exit"] == 0, done["shown"]
+    assert done["shown"].count("a node is going away: saving a checkpoint") == 1
     result, adapter = outcome(STORE, "fixed")
     assert result["workers"] == 2
     assert done["shown"].count("loading model and data") == 2, "the run did not notice that a node died"
@@ -144,7 +151,7 @@ def test_a_node_dies_and_the_run_ends_with_the_same_adapter(
     # What is left holds one worker beside the head's: the elastic run goes on with one when that node dies as well.
     path = write(tmp_path, "elastic", places | {"num_workers": [1, 2]}, steps=60, checkpoint_every=5)
     job = submit(cluster.url, tmp_path, "train", str(path), "--no-follow")
-    wait_until(lambda: checkpoints("elastic") >= 2, 180)
+    wait_until(lambda: len(saved("elastic")) >= 2, 180)
     (last,) = cluster.nodes
     assert with_a_worker([last]) == [last]
     last.kill()

@@ -44,7 +44,7 @@ def test_metrics_outlive_the_server_and_the_process(server: Server) -> None:
     run_id = client.create_run("0").info.run_id
     sink = MLflowSink(server.uri, run_id, interval=0.05)
     report(sink, 1, 5)
-    sink.flush()
+    sink.flush()()
     assert history(server, run_id, "loss") == [(n, 1 / n) for n in range(1, 6)]
     server.stop()
     report(sink, 6, 10)
