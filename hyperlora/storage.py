@@ -341,4 +341,7 @@ def remove_tree(uri: str) -> None:
         while fs.exists(path):
             # What somebody else deleted meanwhile is one file less: this ends.
             with suppress(FileNotFoundError):
-                fs.rm(path, recursive=True)
+                if is_local(uri):
+                    shutil.rmtree(path)  # fsspec's fails when this process's own folder is gone
+                else:
+                    fs.rm(path, recursive=True)

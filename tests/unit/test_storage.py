@@ -172,3 +172,12 @@ def test_two_may_delete_a_tree_at_once(tmp_path: Path) -> None:
         thread.join()
     assert failures == []
     assert not (tmp_path / "tree").exists()
+
+
+def test_a_tree_is_deleted_when_the_own_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tree/folder").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    storage.remove_tree(str(tmp_path / "tree"))
+    assert list(tmp_path.iterdir()) == []
