@@ -10,6 +10,8 @@ from hyperlora.config import Problem, RayConfig
 ACCELERATOR = "accelerator_type:"
 #: Ray labels the nodes that an autoscaler has started with their group.
 GROUP = "ray.io/node-group"
+#: Nodes of a group that is said to have no limit; more make no difference.
+UNLIMITED = 10_000
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,84 @@ class Node:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Equal nodes that an autoscaler starts when they are needed.
+
+    Attributes:
+        name: also in the nodes' labels.
+        resources: of each, by Ray's names.
+        most: nodes at a time; None: no limit.
+    """
+
+    name: str
+    resources: Mapping[str, float]
+    most: int | None
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How far an autoscaler goes.
+
+    Attributes:
+        groups: of nodes that it starts.
+        most: nodes of all groups at a time; None: no limit.
+        resources: of the whole cluster, at most; what is not named has no limit.
+    """
+
+    groups: Sequence[Group]
+    most: int | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+
 def may_grow(nodes: Sequence[Node]) -> bool:
     """Whether an autoscaler started some of the nodes, and may start more."""
     return any(n.labels.get(GROUP) for n in nodes)
 
 
-def problems(settings: RayConfig, nodes: Sequence[Node]) -> list[Problem]:
-    """What the fewest workers of a recipe ask for beyond all that the nodes have; nothing when it fits."""
-    wanted = settings.fewest
-    each = {"CPU": settings.cpus_per_worker} | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {})
+def grown(settings: RayConfig, nodes: Sequence[Node], growth: Growth) -> list[Node]:
+    """The cluster of these nodes that holds most of a recipe's workers once its autoscaler has done what it can."""
+    names, kind = {g.name for g in growth.groups}, settings.accelerator_type
+    candidates = []
+    for group in growth.groups:
+        living = [n.resources for n in nodes if n.labels.get(GROUP) == group.name]
+        kinds = {r: 1.0 for resources in living for r in resources if r.startswith(ACCELERATOR)}
+        resources = kinds | dict(group.resources)
+        if kind and resources.get("GPU") and not any(r.startswith(ACCELERATOR) for r in resources):
+            resources[ACCELERATOR + kind] = 1.0  # a node finds out only when it starts
+        count = UNLIMITED if group.most is None else min(group.most, UNLIMITED)
+        candidates += [Node(resources, {GROUP: group.name})] * count
+    candidates.sort(key=lambda n: _held(settings, n.resources), reverse=True)
+    # What is idle now makes room for others.
+    return [*(n for n in nodes if n.labels.get(GROUP) not in names), *candidates[: growth.most]]
+
+
+def _each(settings: RayConfig) -> dict[str, float]:
+    gpus = settings.gpus_per_worker
+    return {"CPU": settings.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+
+
+def _held(settings: RayConfig, resources: Mapping[str, float]) -> int:
+    """Workers that a node of these resources holds."""
     kind = settings.accelerator_type
+    if kind is not None and ACCELERATOR + kind not in resources:
+        return 0
+    return int(min(resources.get(name, 0) // amount for name, amount in _each(settings).items()))
+
+
+def problems(settings: RayConfig, nodes: Sequence[Node], growth: Growth | None = None) -> list[Problem]:
+    """What the fewest workers of a recipe ask for beyond all that the nodes have; nothing when it fits.
+
+    Args:
+        settings: of the recipe.
+        nodes: the living ones.
+        growth: how far an autoscaler goes, which then counts in place of what it has started by now.
+    """
+    wanted, each, kind = settings.fewest, _each(settings), settings.accelerator_type
+    limits = {} if growth is None else growth.resources
+    has, hold = ("has", "hold") if growth is None else ("can have", "can hold")
+    if growth is not None:
+        nodes = grown(settings, nodes, growth)
     there = sorted({r.removeprefix(ACCELERATOR) for n in nodes for r in n.resources if r.startswith(ACCELERATOR)})
     if kind is not None and kind not in there:
         allowed = f"of the cluster's nodes: {', '.join(there) or 'none has an accelerator'}"
@@ -44,16 +114,18 @@ def problems(settings: RayConfig, nodes: Sequence[Node]) -> list[Problem]:
     for name, amount in each.items():
         key = f"ray.{name.lower()}s_per_worker"
         total, largest = sum(r.get(name, 0) for r in fit), max((r.get(name, 0) for r in fit), default=0)
+        total = min(total, limits.get(name, total))
         if wanted * amount > total:
-            allowed = f"{wanted} workers need {wanted * amount:g} {name}s, the cluster has {total:g}"
+            allowed = f"{wanted} workers need {wanted * amount:g} {name}s, the cluster {has} {total:g}"
             found.append(Problem(key, amount, allowed))
         elif amount > largest:
             found.append(Problem(key, amount, f"at most the {largest:g} {name}s of the largest node"))
     if found:
         return found
-    held = [int(min(r.get(name, 0) // amount for name, amount in each.items())) for r in fit]
+    held = [_held(settings, r) for r in fit]
     needs = " and ".join(f"{amount:g} {name}s" for name, amount in each.items())
-    room = f"the cluster's nodes hold {', '.join(map(str, held))} workers of {needs}"
+    counts = ", ".join(map(str, held)) if len(held) <= 16 else f"at most {max(held)}"
+    room = f"the cluster's {len(held)} nodes {hold} {counts} workers of {needs}"
     strict = {"STRICT_PACK": max(held), "STRICT_SPREAD": sum(h > 0 for h in held)}
     if wanted > sum(held):
         found.append(Problem("ray.num_workers", settings.num_workers, room))

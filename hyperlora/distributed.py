@@ -29,7 +29,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hyperlora import capacity, packed, storage, training
+from hyperlora import autoscaling, capacity, packed, storage, training
 from hyperlora.adapters import load_tokenizer
 from hyperlora.capacity import Node
 from hyperlora.config import Problem, Recipe, RecipeError, first_line, parse
@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 
 Event = tuple[str, tuple[Any, ...]]
+
+#: A resource that Ray gives to the head alone.
+HEAD = "node:__internal_head__"
 
 
 class _QueueSink:
@@ -218,9 +221,18 @@ def _unreachable(address: str, error: Exception) -> RecipeError:
 
 
 def _check_resources(recipe: Recipe) -> None:
-    nodes = [Node(n["Resources"], n.get("Labels") or {}) for n in ray.nodes() if n["Alive"]]
+    living = [n for n in ray.nodes() if n["Alive"]]
+    nodes = [Node(n["Resources"], n.get("Labels") or {}) for n in living]
     problems = capacity.problems(recipe.ray, nodes)
-    if problems and not capacity.may_grow(nodes):
+    if problems and capacity.may_grow(nodes):
+        (head,) = (n for n in living if HEAD in n["Resources"])
+        place = NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
+        growth = ray.get(ray.remote(num_cpus=0)(autoscaling.growth).options(scheduling_strategy=place).remote())
+        if growth is None:
+            logger.warning("waiting for nodes that an autoscaler adds: %s", "; ".join(map(str, problems)))
+            return
+        problems = capacity.problems(recipe.ray, nodes, growth)
+    if problems:
         raise RecipeError(problems)
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 from requests.exceptions import RequestException
 
-from hyperlora import tokens
-from hyperlora.capacity import Node
+from hyperlora import autoscaling, tokens
+from hyperlora.capacity import Growth, Node
 from hyperlora.config import Problem, RecipeError, first_line
 
 PACKAGES = ("hyperlora", "pipelines", "tune_spaces")
@@ -162,16 +163,45 @@ def pinned() -> list[str]:
 
 def submit(client: JobSubmissionClient, job: Job, folder: Path) -> str:
     """Submit a job whose working directory is ``folder``; returns its id."""
+    entry = shlex.join(["python", "-m", "pipelines.cli", *job.words, *job.more])
+    words = shlex.join(["hyperlora", *job.words])
+    return str(client.submit_job(entrypoint=entry, runtime_env=_runtime(job, folder), metadata={"hyperlora": words}))
+
+
+def _runtime(job: Job, folder: Path) -> dict[str, Any]:
     env = {name: os.environ[name] for name in job.env}
     runtime: dict[str, Any] = {
         "working_dir": str(folder),
         "env_vars": {**env, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), "PYTHONUNBUFFERED": "1"},
     }
-    if job.install:
-        runtime["pip"] = pinned()
-    entry = shlex.join(["python", "-m", "pipelines.cli", *job.words, *job.more])
-    words = shlex.join(["hyperlora", *job.words])
-    return str(client.submit_job(entrypoint=entry, runtime_env=runtime, metadata={"hyperlora": words}))
+    return runtime | ({"pip": pinned()} if job.install else {})
+
+
+def growth(client: JobSubmissionClient, job: Job) -> Growth | None:
+    """How far the cluster's autoscaler goes; None when that is told nowhere.
+
+    The dashboard does not know, so it is asked by a small job on the head, with the working directory that ``job``
+    gets: Ray keeps one copy.
+
+    Raises:
+        RecipeError: the small job failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pack(job, Path(folder))
+        small = client.submit_job(
+            entrypoint="python -m hyperlora.autoscaling",
+            runtime_env=_runtime(job, Path(folder)),
+            metadata={"hyperlora": "(how far the autoscaler goes)"},
+        )
+    while (status := client.get_job_status(small)) not in ENDED:
+        time.sleep(0.5)
+    text = client.get_job_logs(small)
+    try:
+        return autoscaling.read(text)
+    except ValueError as error:
+        last = (text.strip().splitlines() or [""])[-1]
+        allowed = f"a cluster whose head runs jobs; the one that asks for its autoscaler {status.value.lower()}: {last}"
+        raise RecipeError([Problem("job", small, allowed)]) from error
 
 
 def follow(address: str, job_id: str, show: Callable[[str], None], lost: Callable[[str], None]) -> JobStatus:

@@ -39,7 +39,7 @@ def main(args: Namespace, inner: Namespace, console: Console) -> int:
             soft_wrap=True,
         )
     client = jobs.connect(address)
-    _check_room(recipe, inner, address, console)
+    _check_room(recipe, inner, client, job, address, console)
     job_id, size = send(client, job, console)
     console.print(f"[bold]{job_id}[/] on {address}, {size / 2**20:.1f} MiB", highlight=False, soft_wrap=True)
     summary = {"job_id": job_id, "address": address, "bytes": size, "command": list(job.words)}
@@ -88,11 +88,13 @@ def on_cluster(name: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
     return load_recipe(name, [*overrides, *changes]), changes
 
 
-def _check_room(recipe: Recipe, inner: Namespace, address: str, console: Console) -> None:
+def _check_room(
+    recipe: Recipe, inner: Namespace, client: JobSubmissionClient, job: jobs.Job, address: str, console: Console
+) -> None:
     """Find out whether the cluster can ever hold the job.
 
     Raises:
-        RecipeError: it cannot, and no autoscaler adds to it.
+        RecipeError: it cannot, and no autoscaler adds enough to it.
     """
     nodes = jobs.nodes(address)
     # A trial of a search has the workers that its option says; others run several trials of one worker at a time.
@@ -100,8 +102,14 @@ def _check_room(recipe: Recipe, inner: Namespace, address: str, console: Console
     workers = recipe.ray.num_workers if wanted is None else getattr(inner, wanted) or 1
     settings = recipe.ray.model_copy(update={"num_workers": workers})
     problems = capacity.problems(settings, nodes)
-    if problems and not capacity.may_grow(nodes):
+    if not problems:
+        return
+    if not capacity.may_grow(nodes):
         raise RecipeError(problems)
+    with console.status("asking what the cluster's autoscaler adds"):
+        growth = jobs.growth(client, job)
+    if growth is not None and (beyond := capacity.problems(settings, nodes, growth)):
+        raise RecipeError(beyond)
     for problem in problems:
         console.print(Text(f"the job waits for nodes that an autoscaler adds: {problem}", "yellow"), soft_wrap=True)
 

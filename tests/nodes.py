@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from s3 import free_port
 
 BIN = Path(sys.executable).parent
@@ -45,9 +46,11 @@ class Node:
     Args:
         cpus: that it offers.
         head: address of the head, HOST:PORT; None for the head itself.
+        grows: groups of nodes that an autoscaler starts on this machine besides, as ``available_node_types``; of the
+            head alone.
     """
 
-    def __init__(self, cpus: int, head: str | None = None) -> None:
+    def __init__(self, cpus: int, head: str | None = None, grows: dict[str, Any] | None = None) -> None:
         self.folder = tempfile.mkdtemp(prefix="hl", dir="/tmp")  # sockets' paths may have 107 characters
         # Another Ray on this machine must not share these ports.
         ports = {name: free_port() for name in PORTS}
@@ -57,8 +60,12 @@ class Node:
             self.address, self.dashboard = f"127.0.0.1:{ports['port']}", ports["dashboard-port"]
         env = os.environ | TOKEN | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
         env["HYPERLORA_CACHE"] = f"{self.folder}/cache"
+        if grows is not None:
+            env |= _autoscaler(self.folder, f"{self.address}", grows)
         command = [str(BIN / "ray"), "start", "--head" if head is None else f"--address={head}", "--block"]
         command += [f"--{name}={port}" for name, port in ports.items()]
+        if grows is not None:
+            command += [f"--autoscaling-config={self.folder}/ray_bootstrap_config.yaml"]
         command += [f"--num-cpus={cpus}", "--disable-usage-stats", f"--temp-dir={self.folder}"]
         # Nodes that all believe to have the machine's memory would share it out several times over.
         command += ["--object-store-memory=200000000"]
@@ -92,6 +99,44 @@ class Node:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _autoscaler(home: str, address: str, groups: dict[str, Any]) -> dict[str, str]:
+    """Write what ``ray up`` leaves in the head's home, for nodes on this machine; returns the head's environment."""
+    head = "ray.head.default"
+    provider = {
+        "type": "external",
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "gcs_address": address,
+        "head_node_id": FAKE_HEAD_NODE_ID,
+        "disable_launch_config_check": True,
+        "disable_node_updaters": True,
+    }
+    groups = {k: {"node_config": {}, "min_workers": 0} | v for k, v in groups.items()}
+    commands = ["initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray"]
+    config = {
+        "cluster_name": "test",
+        "max_workers": 8,
+        "idle_timeout_minutes": 5,
+        "upscaling_speed": 1,
+        "provider": provider,
+        "head_node_type": head,
+        "available_node_types": groups | {head: {"resources": {}, "node_config": {}, "max_workers": 0}},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+    }
+    config |= {f"{name}_commands": [] for name in commands}
+    Path(home, "ray_bootstrap_config.yaml").write_text(json.dumps(config))
+    return {
+        "HOME": home,
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_NODE_TYPE_NAME": head,
+        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    }
+
+
 def _with(folder: str) -> list[psutil.Process]:
     """Processes whose command line names a node's folder."""
     named = []
@@ -107,10 +152,11 @@ class Cluster:
     Args:
         head: CPUs of the head.
         nodes: CPUs of each other node.
+        grows: groups of nodes that an autoscaler may add.
     """
 
-    def __init__(self, head: int, *nodes: int) -> None:
-        self.head = Node(head)
+    def __init__(self, head: int, *nodes: int, grows: dict[str, Any] | None = None) -> None:
+        self.head = Node(head, grows=grows)
         self.nodes = [Node(cpus, self.head.address) for cpus in nodes]
         self.url = f"http://127.0.0.1:{self.head.dashboard}"
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hyperlora import capacity
-from hyperlora.capacity import Node
+from hyperlora.capacity import Group, Growth, Node
 from hyperlora.config import RayConfig
 
 NODES = [
@@ -45,17 +45,17 @@ def test_what_fits(asked: dict[str, Any]) -> None:
         ({"accelerator_type": "H100"}, "ray.accelerator_type: got 'H100'; of the cluster's nodes: L4"),
         (
             {"num_workers": (3, 4), "cpus_per_worker": 6},
-            "ray.num_workers: got (3, 4); the cluster's nodes hold 0, 1, 1 workers of 6 CPUs",
+            "ray.num_workers: got (3, 4); the cluster's 3 nodes hold 0, 1, 1 workers of 6 CPUs",
         ),
         (
             {"num_workers": 3, "gpus_per_worker": 1, "placement": "STRICT_PACK"},
-            "ray.placement: got 'STRICT_PACK'; 3 workers on one node: the cluster's nodes hold 0, 2, 2 workers of 1 "
+            "ray.placement: got 'STRICT_PACK'; 3 workers on one node: the cluster's 3 nodes hold 0, 2, 2 workers of 1 "
             "CPUs and 1 GPUs",
         ),
         (
             {"num_workers": 3, "gpus_per_worker": 1, "placement": "STRICT_SPREAD"},
-            "ray.placement: got 'STRICT_SPREAD'; 3 workers on a node each: the cluster's nodes hold 0, 2, 2 workers of "
-            "1 CPUs and 1 GPUs",
+            "ray.placement: got 'STRICT_SPREAD'; 3 workers on a node each: the cluster's 3 nodes hold 0, 2, 2 workers "
+            "of 1 CPUs and 1 GPUs",
         ),
     ],
 )
@@ -66,3 +66,76 @@ def test_what_does_not_fit(asked: dict[str, Any], message: str) -> None:
 def test_an_autoscaler_may_start_what_is_not_there() -> None:
     assert not capacity.may_grow(NODES)
     assert capacity.may_grow([*NODES, Node({"CPU": 1}, {"ray.io/node-group": "head"})])
+
+
+SMALL = Group("small", {"CPU": 4}, 10)
+GPUS = Group("gpu", {"CPU": 8, "GPU": 1}, 4)
+HEAD = Node({"CPU": 2}, {"ray.io/node-group": "head"})
+#: All that three of the small group are now.
+BUSY = [HEAD, *[Node({"CPU": 4}, {"ray.io/node-group": "small"})] * 3]
+
+
+@pytest.mark.parametrize(
+    ("asked", "growth", "message"),
+    [
+        ({"num_workers": 4, "gpus_per_worker": 1}, Growth([SMALL, GPUS]), None),
+        (
+            {"num_workers": 5, "gpus_per_worker": 1},
+            Growth([SMALL, GPUS]),
+            "ray.gpus_per_worker: got 1.0; 5 workers need 5 GPUs, the cluster can have 4",
+        ),
+        ({"gpus_per_worker": 2}, Growth([GPUS]), "got 2.0; at most the 1 GPUs of the largest node"),
+        # Three small nodes live, of four in all; when they are idle they make room for the others.
+        ({"num_workers": 4, "gpus_per_worker": 1}, Growth([SMALL, GPUS], most=4), None),
+        (
+            {"num_workers": 4, "gpus_per_worker": 1},
+            Growth([SMALL, GPUS], most=3),
+            "ray.gpus_per_worker: got 1.0; 4 workers need 4 GPUs, the cluster can have 3",
+        ),
+        # What lives of a group is part of its most.
+        (
+            {"num_workers": 11, "cpus_per_worker": 4},
+            Growth([SMALL]),
+            "ray.cpus_per_worker: got 4.0; 11 workers need 44 CPUs, the cluster can have 42",
+        ),
+        ({"num_workers": 10, "cpus_per_worker": 4}, Growth([SMALL]), None),
+        ({"num_workers": 99, "gpus_per_worker": 1}, Growth([Group("gpu", {"CPU": 8, "GPU": 1}, None)]), None),
+        (
+            {"num_workers": 99, "gpus_per_worker": 1},
+            Growth([Group("gpu", {"CPU": 8, "GPU": 1}, None)], resources={"GPU": 64}),
+            "ray.gpus_per_worker: got 1.0; 99 workers need 99 GPUs, the cluster can have 64",
+        ),
+        # Nobody knows the accelerator of a group before a node of it lives, unless the group says it.
+        ({"gpus_per_worker": 1, "accelerator_type": "H100"}, Growth([GPUS]), None),
+        (
+            {"gpus_per_worker": 1, "accelerator_type": "H100"},
+            Growth([Group("gpu", GPUS.resources | {"accelerator_type:L4": 1}, 4)]),
+            "ray.accelerator_type: got 'H100'; of the cluster's nodes: L4",
+        ),
+        (
+            {"num_workers": 5, "gpus_per_worker": 1, "placement": "STRICT_PACK"},
+            Growth([Group("gpu", {"CPU": 8, "GPU": 4}, 2)]),
+            "ray.placement: got 'STRICT_PACK'; 5 workers on one node: the cluster's 6 nodes can hold "
+            "0, 0, 0, 0, 4, 4 workers of 1 CPUs and 1 GPUs",
+        ),
+    ],
+)
+def test_an_autoscaler_goes_so_far(asked: dict[str, Any], growth: Growth, message: str | None) -> None:
+    settings = RayConfig(**asked)
+    assert capacity.problems(settings, BUSY), "it does not fit as it is"
+    found = [str(p) for p in capacity.problems(settings, BUSY, growth)]
+    if message is None:
+        assert found == []
+    else:
+        (text,) = found
+        assert message in text
+
+
+def test_what_lives_says_the_accelerator_of_its_group() -> None:
+    living = Node({"CPU": 8, "GPU": 1, "accelerator_type:L4": 1}, {"ray.io/node-group": "gpu"})
+    asked = RayConfig(num_workers=2, gpus_per_worker=1, accelerator_type="L4")
+    assert capacity.problems(asked, [HEAD, living], Growth([GPUS])) == []
+    (problem,) = capacity.problems(
+        asked.model_copy(update={"accelerator_type": "H100"}), [HEAD, living], Growth([GPUS])
+    )
+    assert problem.field == "ray.accelerator_type"

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ALLOWED = {
     "ray": {
+        "hyperlora/autoscaling.py",
         "hyperlora/distributed.py",
         "hyperlora/jobs.py",
         "hyperlora/search.py",

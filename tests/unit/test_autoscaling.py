@@ -1,0 +1,96 @@
+"""What platforms say of their autoscalers, read as they say it; a real autoscaler is in test_autoscaler.py."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+from ray._private.state import state
+from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+from ray.autoscaler._private.util import prepare_config
+from ray.core.generated.autoscaler_pb2 import ClusterConfig
+
+from hyperlora import autoscaling
+from hyperlora.capacity import Group, Growth
+
+INFRA = Path(__file__).parents[2] / "infra"
+
+
+@pytest.fixture(autouse=True)
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A head to whose Ray nothing is reported; its home."""
+    monkeypatch.setattr(state, "get_cluster_config", lambda: None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_CLUSTER_NAME", "RAY_CLUSTER_NAMESPACE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_nobody_says_anything() -> None:
+    assert autoscaling.growth() is None
+
+
+def test_what_is_reported_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ClusterConfig(max_resources={"GPU": 64})
+    config.node_group_configs.add(name="gpu", resources={"CPU": 8, "GPU": 1}, max_count=4)
+    config.node_group_configs.add(name="spot", resources={"CPU": 4}, max_count=-1)
+    monkeypatch.setattr(state, "get_cluster_config", lambda: config)
+    groups = [Group("gpu", {"CPU": 8, "GPU": 1}, 4), Group("spot", {"CPU": 4}, None)]
+    assert autoscaling.growth() == Growth(groups, None, {"GPU": 64})
+
+
+@pytest.fixture
+def kubernetes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """An API server that has our RayCluster; the head's environment as KubeRay sets it."""
+    manifest = yaml.safe_load((INFRA / "kuberay/raycluster.yaml").read_text())
+    manifest["metadata"]["namespace"] = "default"
+    resources = {"rayclusters/hyperadalora": manifest}
+    monkeypatch.setenv("RAY_CLUSTER_NAME", "hyperadalora")
+    monkeypatch.setenv("RAY_CLUSTER_NAMESPACE", "default")
+
+    def get(client: KubernetesHttpApiClient, path: str) -> Any:
+        if path not in resources:
+            raise requests.HTTPError("403 Client Error: Forbidden")
+        return copy.deepcopy(resources[path])
+
+    monkeypatch.setattr(KubernetesHttpApiClient, "get", get)
+    return resources
+
+
+@pytest.mark.usefixtures("kubernetes")
+def test_our_cluster_on_kubernetes() -> None:
+    found = autoscaling.growth()
+    assert found is not None
+    (group,) = found.groups
+    assert (group.name, group.most, found.most) == ("gpu", 4, 4)
+    assert (group.resources["CPU"], group.resources["GPU"]) == (8, 1)
+
+
+def test_a_cluster_whose_resource_may_not_be_read(kubernetes: dict[str, Any]) -> None:
+    kubernetes.clear()
+    assert autoscaling.growth() is None
+
+
+def test_our_cluster_of_ray_up(head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (head / ".ray").mkdir()
+    (head / ".ray/auth_token").write_text("x")
+    config = prepare_config(yaml.safe_load((INFRA / "ray-cluster.yaml").read_text()))
+    file = head / "ray_bootstrap_config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    found = autoscaling.growth()
+    assert found == Growth([Group("gpu", {"CPU": 16, "GPU": 1}, 4)], 4)
+    assert autoscaling.read(f"noise\n{autoscaling.write(found)}\nnoise") == found
+    # What its nodes have is then known to the cloud alone.
+    del config["available_node_types"]["gpu"]["resources"]
+    file.write_text(yaml.safe_dump(config))
+    assert autoscaling.growth() is None
+
+
+def test_what_a_job_tells() -> None:
+    assert autoscaling.read(autoscaling.write(None)) is None
+    with pytest.raises(ValueError, match="not told"):
+        autoscaling.read("python: No module named hyperlora")
