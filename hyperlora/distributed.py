@@ -17,19 +17,24 @@ from urllib.parse import urlsplit
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+import grpc
 import pyarrow.fs
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.exceptions import RayActorError, RayTaskError
+from ray._private.grpc_utils import init_grpc_channel
+from ray._raylet import Config  # type: ignore[attr-defined]
+from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # type: ignore[attr-defined]
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hyperlora import autoscaling, capacity, packed, storage, training
+from hyperlora import autoscaling, capacity, packed, storage, tokens, training
 from hyperlora.adapters import load_tokenizer
 from hyperlora.capacity import Node
 from hyperlora.config import Problem, Recipe, RecipeError, first_line, parse
@@ -171,9 +176,11 @@ def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterato
             _start(shown | {"num_cpus": cpus, "include_dashboard": dashboard})
         else:
             _check_address(address)
+            if (told := tokens.warning(address)) is not None:
+                logger.warning(told)
             try:
                 ray.init(address=address, **shown)
-            except (OSError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError, RayError) as error:
                 raise _unreachable(address, error) from error
     try:
         _check_resources(recipe)
@@ -198,11 +205,13 @@ def _start(options: dict[str, Any], attempts: int = 3) -> None:
 
 
 def _check_address(address: str) -> None:
-    """Find out in seconds whether anybody listens: Ray itself tries for minutes.
+    """Find out in seconds whether anybody listens and lets us in: Ray itself tries for minutes, and does not say why.
 
     Raises:
         RecipeError: nobody does, or it is no address.
     """
+    tokens.use()
+    Config.initialize("")  # Ray has read its settings when it was imported
     if address == "auto":
         return
     parts = urlsplit(address if "://" in address else f"//{address}")
@@ -213,6 +222,14 @@ def _check_address(address: str) -> None:
         socket.create_connection((host, port), timeout=10).close()
     except (OSError, ValueError) as error:
         raise _unreachable(address, error) from error
+    try:
+        with init_grpc_channel(parts.netloc) as channel:
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=10)
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            allowed = f"a cluster that lets this user in: {tokens.HOW} ({error.details()})"
+            raise RecipeError([Problem("ray.address", address, allowed)]) from error
+        # Ray's port for clients does not know this question; what is not Ray at all, Ray finds out.
 
 
 def _unreachable(address: str, error: Exception) -> RecipeError:

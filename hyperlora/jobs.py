@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -99,23 +98,10 @@ def _refusal(address: str, error: Exception) -> RecipeError:
     text = str(error).strip()
     if re.search(r"authentication|\b40[13]\b", text, re.IGNORECASE):
         reason = text.splitlines()[0].split(". ")[0]  # Ray goes on with its own advice
-        allowed = (
-            "a cluster that lets this user in: give its token in RAY_AUTH_TOKEN, in a file named by "
-            f"RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token ({reason})"
-        )
+        allowed = f"a cluster that lets this user in: {tokens.HOW} ({reason})"
     else:
         allowed = f"the dashboard of a running Ray cluster ({text.splitlines()[0] if text else type(error).__name__})"
     return RecipeError([Problem("--address", address, allowed)])
-
-
-def unprotected(address: str) -> bool:
-    """Whether jobs go to another machine with no token: whoever reaches that address can run any code there."""
-    host = urlsplit(address if "://" in address else f"http://{address}").hostname or ""
-    try:
-        local = ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    return not local and not tokens.known()
 
 
 def nodes(address: str) -> list[Node]:

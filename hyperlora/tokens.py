@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
+
+#: What a refused user can do.
+HOW = "give its token in RAY_AUTH_TOKEN, in a file named by RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token"
 
 
 def known() -> bool:
@@ -16,3 +21,20 @@ def use() -> None:
     """Have Ray send the token that is known: it looks for one only when it is told to."""
     if known():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def warning(address: str) -> str | None:
+    """What is to be said of an address on another machine when there is no token: anybody may run any code there."""
+    if known() or address == "auto":
+        return None
+    host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
+    try:
+        local = ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if local:
+        return None
+    return (
+        f"{address} is another machine, and there is no token for it: if it asks for none, whoever reaches it can run "
+        "any code there"
+    )

@@ -176,8 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet(args.verbose)
     from hyperlora import tokens
 
-    if args.command == "submit" or getattr(args, "address", None) is not None:
+    address = getattr(args, "address", None)
+    if args.command == "submit" or address is not None:
         tokens.use()
+    # A submitted recipe may say where it goes.
+    if args.command != "submit" and address is not None and (told := tokens.warning(address)):
+        console.print(Text(told, "yellow"), soft_wrap=True)
     from hyperlora.config import RecipeError
     from hyperlora.stopping import TerminatedError
     from hyperlora.storage import StorageError

@@ -13,7 +13,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 from rich.text import Text
 
-from hyperlora import capacity, jobs
+from hyperlora import capacity, jobs, tokens
 from hyperlora.config import Problem, Recipe, RecipeError
 from pipelines.common import check_out, gathered, is_file, load_recipe, shipped, write_json
 
@@ -32,12 +32,8 @@ def main(args: Namespace, inner: Namespace, console: Console) -> int:
         console: of the terminal.
     """
     recipe, job, address = _job(args, inner)
-    if jobs.unprotected(address):
-        console.print(
-            f"[yellow]{address} is another machine, and there is no token for it: if it asks for none, whoever "
-            "reaches it can run any code there[/]",
-            soft_wrap=True,
-        )
+    if told := tokens.warning(address):
+        console.print(Text(told, "yellow"), soft_wrap=True)
     client = jobs.connect(address)
     _check_room(recipe, inner, client, job, address, console)
     job_id, size = send(client, job, console)

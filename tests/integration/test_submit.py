@@ -21,13 +21,18 @@ from pipelines.cli import main
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A cluster of one node that asks for a token; the dashboard's URL."""
-    cluster = Cluster(2)
+def address(cluster: Cluster) -> str:
+    """The dashboard's URL of a cluster of one node that asks for a token."""
+    return cluster.url
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    found = Cluster(2)
     try:
-        yield cluster.url
+        yield found
     finally:
-        cluster.kill()
+        found.kill()
 
 
 def recipe_file(folder: Path, name: str, **training: Any) -> Path:
@@ -120,6 +125,28 @@ def test_without_the_token_it_says_how_to_give_it(address: str, tmp_path: Path, 
     done = hyperlora("jobs", "--address", address, HOME=str(tmp_path), RAY_AUTH_TOKEN="", RAY_AUTH_MODE=mode)
     assert done.returncode == 2
     assert "give its token in RAY_AUTH_TOKEN" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("token", ["", "wrong"])
+@pytest.mark.parametrize("command", ["submit", "train"])
+def test_a_missing_or_wrong_token_is_explained(cluster: Cluster, tmp_path: Path, command: str, token: str) -> None:
+    path = recipe_file(tmp_path, "token")
+    words = ["submit", "train", str(path), "--address", cluster.url]
+    if command == "train":
+        words = ["train", str(path), f"ray.address={cluster.head.address}"]
+    done = hyperlora(*words, HOME=str(tmp_path), RAY_AUTH_TOKEN=token)
+    assert done.returncode == 2, done
+    message = " ".join(done.stderr.split())
+    assert message.startswith("1 problem: ")
+    assert "a cluster that lets this user in: give its token in RAY_AUTH_TOKEN" in message
+    assert not list(tmp_path.glob("runs/token-*"))
+
+
+def test_a_token_opens_the_cluster_without_a_job(cluster: Cluster, tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, "direct")
+    done = hyperlora("train", str(path), f"ray.address={cluster.head.address}", "ray.backend=ray", "training.steps=2")
+    assert done.returncode == 0, done
+    assert len(results(tmp_path, "direct")) == 1
 
 
 def test_what_cannot_work_on_a_cluster_is_refused_here(tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:

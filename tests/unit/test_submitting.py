@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hyperlora import jobs
+from hyperlora import jobs, tokens
 from hyperlora.config import RecipeError
 from pipelines import submit
 from pipelines.common import load_recipe, shipped
@@ -49,3 +50,30 @@ def test_following_ends_when_the_cluster_answers_errors_for_too_long(monkeypatch
     with pytest.raises(RecipeError, match="a cluster that answers"):
         jobs.follow("http://head:8265", "job", lambda text: None, told.append)
     assert len(told) == 1, "said once"
+
+
+@pytest.mark.parametrize(
+    ("address", "warned"),
+    [
+        ("http://head:8265", True),
+        ("head:6379", True),
+        ("ray://10.0.0.1:10001", True),
+        ("http://localhost:8265", False),
+        ("127.0.0.1:6379", False),
+        ("http://[::1]:8265", False),
+        ("auto", False),
+    ],
+)
+def test_another_machine_without_a_token_is_warned_of(
+    address: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    told = tokens.warning(address)
+    assert (told is not None) == warned
+    if told is not None:
+        assert "no token" in told
+        assert address in told
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
+    assert tokens.warning(address) is None
