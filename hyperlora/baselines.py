@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import AdaLoraConfig, PeftModel
-from peft.tuners.adalora import AdaLoraLayer, RankAllocator
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from hyperlora.factors import AdaptedModule
 from hyperlora.optimizer import HyperAdaLoRA, Method
 from hyperlora.update_rules import Adam, AdamSettings, copy_state
+
+if TYPE_CHECKING:  # PEFT takes seconds to import, and whoever reads a recipe imports this file
+    from peft import PeftModel
+    from peft.tuners.adalora import RankAllocator
 
 BASELINES: dict[str, Method] = {"rslora": Method(), "eva": Method(), "peft-adalora": Method(singular_values=True)}
 #: Baselines that run on one worker: their gradients are in no flat buffer that could be averaged.
@@ -102,6 +103,8 @@ class UnequalLoRA(torch.optim.Optimizer):
 
     @staticmethod
     def _modules(model: PeftModel) -> list[AdaptedModule]:
+        from peft.tuners.lora import LoraLayer
+
         found = []
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
@@ -222,6 +225,8 @@ class PeftAdaLoRA(UnequalLoRA):
     """
 
     def __init__(self, model: PeftModel, lr: float, **settings: Any) -> None:
+        from peft import AdaLoraConfig
+
         super().__init__(model, lr, **settings)
         self._model = model
         config = model.peft_config[ADAPTER]
@@ -232,6 +237,8 @@ class PeftAdaLoRA(UnequalLoRA):
 
     @staticmethod
     def _modules(model: PeftModel) -> list[AdaptedModule]:
+        from peft.tuners.adalora import AdaLoraLayer
+
         found = []
         for name, module in model.named_modules():
             if isinstance(module, AdaLoraLayer):

@@ -38,10 +38,10 @@ from hyperlora import autoscaling, capacity, packed, storage, tokens, training
 from hyperlora.adapters import load_tokenizer
 from hyperlora.capacity import Node
 from hyperlora.config import Problem, Recipe, RecipeError, first_line, parse
-from hyperlora.stopping import Notice
+from hyperlora.stopping import NonFiniteError, Notice, NotStoredError, StoppedError
 from hyperlora.storage import StorageError, patiently
 from hyperlora.tasks import build_task, shared_rows
-from hyperlora.training import NonFiniteError, NotStoredError, RunInfo, Sink, StoppedError, Tee, World
+from hyperlora.training import RunInfo, Sink, Tee, World
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ import re
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 
@@ -48,6 +47,8 @@ def adapted_modules(model: nn.Module, adapter_name: str = "default") -> list[Ada
         ValueError: there is none, one is no linear LoRA layer, ranks differ between modules, or the rank exceeds a
             dimension of the module it adapts.
     """
+    from peft.tuners.lora import LoraLayer  # takes seconds, and whoever reads a recipe imports this file
+
     found, problems = [], []
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):

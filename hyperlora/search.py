@@ -33,9 +33,9 @@ from ray.exceptions import RayError, RayTaskError
 
 from hyperlora import runs, storage, training, warm_start
 from hyperlora.config import Recipe, parse
-from hyperlora.stopping import Notice, TerminatedError
+from hyperlora.stopping import NonFiniteError, Notice, TerminatedError
 from hyperlora.storage import patiently
-from hyperlora.training import NonFiniteError, RunInfo, Silent
+from hyperlora.training import RunInfo, Silent
 
 logger = logging.getLogger(__name__)
 

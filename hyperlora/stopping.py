@@ -1,4 +1,4 @@
-"""SIGTERM, the notice before a machine goes away: a wish to stop after the step at hand, or the end of a search."""
+"""How a run or a search ends before its end: by SIGTERM, the notice before a machine goes away, or by an error."""
 
 from __future__ import annotations
 
@@ -41,3 +41,15 @@ class Notice:
 
 class TerminatedError(KeyboardInterrupt):
     """SIGTERM has come to a search, which ends it as Ctrl-C does, between two things that it does."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient was not finite on some worker; the optimizer did not take the step."""
+
+
+class StoppedError(RuntimeError):
+    """The run was told to stop, and did so between two steps."""
+
+
+class NotStoredError(RuntimeError):
+    """The end of the run could not be written where it belongs."""

@@ -30,24 +30,13 @@ from hyperlora.export import PlainAdapter, adapter_files, plain_adapter, write_a
 from hyperlora.monitors import Monitors, MonitorWarning
 from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.ownership import Lease
+from hyperlora.stopping import NonFiniteError, NotStoredError, StoppedError
 from hyperlora.storage import patiently
 from hyperlora.tasks import Task, build_task
 from hyperlora.uploads import Outcome, Snapshot, Uploader
 from hyperlora.warm_start import WarmStart, read, start_from
 
 T = TypeVar("T")
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient was not finite on some worker; the optimizer did not take the step."""
-
-
-class StoppedError(RuntimeError):
-    """The run was told to stop, and did so between two steps."""
-
-
-class NotStoredError(RuntimeError):
-    """The end of the run could not be written where it belongs."""
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ from hyperlora.search import (
     recorded,
     write,
 )
-from hyperlora.stopping import Notice, TerminatedError
-from hyperlora.training import NonFiniteError, RunInfo, Silent
+from hyperlora.stopping import NonFiniteError, Notice, TerminatedError
+from hyperlora.training import RunInfo, Silent
 
 VALUES, REPORTS, STOPPED = "values.json", "reports.json", "stopped.json"
 #: A trial's driver asks for this much memory and no CPU: its workers need every CPU there is.

@@ -183,13 +183,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command != "submit" and address is not None and (told := tokens.warning(address)):
         console.print(Text(told, "yellow"), soft_wrap=True)
     from hyperlora.config import RecipeError
-    from hyperlora.stopping import TerminatedError
+    from hyperlora.stopping import NonFiniteError, StoppedError, TerminatedError
     from hyperlora.storage import StorageError
-    from hyperlora.training import NonFiniteError, StoppedError
-    from pipelines.common import check_json
+    from pipelines.common import check_json, find_recipe
 
     try:
         check_json(args.json)
+        if "recipe" in args:
+            find_recipe(args.recipe)  # a misspelt name is told before seconds of imports
         if args.command == "train":
             from pipelines import train
 

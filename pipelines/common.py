@@ -30,16 +30,25 @@ def shipped(kind: str = "recipes") -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def find_recipe(name: str) -> Path:
+    """The file of a shipped recipe by name, or of one by path.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    path = shipped().get(name, Path(name))
+    if not is_file(path):
+        raise RecipeError([Problem("RECIPE", name, f"a YAML file or one of: {', '.join(shipped())}")])
+    return path
+
+
 def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     """A shipped recipe by name, or a YAML file by path, with overrides.
 
     Raises:
         RecipeError: with everything that is wrong with it.
     """
-    path = shipped().get(name, Path(name))
-    if not is_file(path):
-        raise RecipeError([Problem("RECIPE", name, f"a YAML file or one of: {', '.join(shipped())}")])
-    recipe = parse(apply_overrides(read_yaml(path), overrides))
+    recipe = parse(apply_overrides(read_yaml(find_recipe(name)), overrides))
     if recipe.ray.address is not None:
         tokens.use()
     return recipe

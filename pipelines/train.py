@@ -17,8 +17,8 @@ from rich.text import Text
 from hyperlora import runs, tracking
 from hyperlora.config import Recipe, RecipeError
 from hyperlora.preflight import Estimate, inspect
-from hyperlora.stopping import Notice
-from hyperlora.training import RunInfo, StoppedError, Tee, train
+from hyperlora.stopping import Notice, StoppedError
+from hyperlora.training import RunInfo, Tee, train
 from pipelines import screens
 from pipelines.common import load_recipe, write_json
 from pipelines.deliver import deliver

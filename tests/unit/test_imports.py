@@ -94,3 +94,14 @@ def test_the_library_needs_neither_ray_nor_mlflow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.stdout.strip() == "HyperAdaLoRA", done.stderr
+
+
+def test_listing_recipes_and_refusing_one_import_nothing_that_takes_seconds() -> None:
+    program = (
+        "import sys; sys.modules |= dict.fromkeys(('peft', 'transformers', 'datasets', 'ray', 'mlflow', 'optuna'))\n"
+        "from pipelines.cli import main\n"
+        "print('statuses', main(['recipes']), *(main([c, 'quikstart']) for c in ('train', 'compare', 'study', 'tune')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.splitlines()[-1:] == ["statuses 0 2 2 2 2"], done.stderr
+    assert done.stderr.count("RECIPE: got 'quikstart'") == 4
