@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 #: Rows that are tokenised and written together.
 BATCH = 1000
 MANIFEST = "rows.json"
+DAMAGED = f"is damaged: it differs from size and SHA-256 in {MANIFEST}"
 #: Changes whenever what is written here does.
 LAYOUT = 2
 Columns = dict[str, list[Any]]
@@ -112,15 +113,21 @@ def obtain(fingerprint: str, build: Callable[[Path], None], shared: str | None =
 def share(rows: Packed, shared: str) -> None:
     """Put packed rows where other machines find them; one process does it, the others wait.
 
+    What is there is read whole, and what is damaged is replaced.
+
     Raises:
         StorageError: ``shared`` cannot be written.
     """
     store = f"{shared}/{rows.fingerprint}"
-    while _manifest(store) != rows.content:
+    while _wrong(store, rows.content) is not None:
         try:
             with Lease(store):
-                if _manifest(store) != rows.content:
-                    _publish(rows.folder, store)
+                if (wrong := _wrong(store, rows.content)) is None:
+                    return
+                if patiently(storage.exists, f"{store}/{MANIFEST}"):
+                    logger.warning("rows are published again: %s", wrong)
+                _publish(rows, store)
+                return
         except OwnedElsewhereError:
             time.sleep(1)
 
@@ -159,12 +166,14 @@ def _no_room(error: OSError) -> RecipeError:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether all files are there in their full size; what is not, is taken away."""
+    """Whether all files are there and are what was written; what is not, is taken away."""
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if all((folder / name).stat().st_size == file["size"] for name, file in content["files"].items()):
+        damaged = [name for name, file in content["files"].items() if storage.identity(str(folder / name)) != file]
+        if not damaged:
             return True
-    except (OSError, ValueError, KeyError, TypeError):
+        logger.warning("tokenised rows are damaged, and made again: %s", ", ".join(str(folder / n) for n in damaged))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     shutil.rmtree(folder, ignore_errors=True)
     return False
@@ -228,7 +237,7 @@ def write(
     for part, rows in parts.items():
         path = folder / f"{part}.arrow"
         counts[part] = _write_part(path, rows, schema, encode, partial(_tell, say, part))
-        files[path.name] = _identity(path)
+        files[path.name] = storage.identity(str(path))
     content = {"parts": counts, "files": files, "labels": list(labels)}
     (folder / MANIFEST).write_bytes(storage.pack_json(content))
 
@@ -264,11 +273,6 @@ def _write_part(
     return found | {"sha256": digest.hexdigest()}
 
 
-def _identity(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "size": path.stat().st_size}
-
-
 # ---------------------------------------------------------------- where they are shared
 
 
@@ -281,10 +285,24 @@ def _manifest(store: str) -> dict[str, Any] | None:
         raise StorageError(f"{uris.redacted(store)}/{MANIFEST}", f"is damaged: {error}", False) from error
 
 
-def _publish(folder: Path, store: str) -> None:
-    for name in _open(folder).content["files"]:
-        patiently(storage.upload, folder / name, f"{store}/{name}")
-    patiently(storage.write, f"{store}/{MANIFEST}", (folder / MANIFEST).read_bytes())
+def _wrong(store: str, content: Mapping[str, Any]) -> str | None:
+    """Why what is shared is not these rows; None when it is."""
+    try:
+        if patiently(storage.read, f"{store}/{MANIFEST}") != storage.pack_json(content):
+            return f"{uris.redacted(store)}/{MANIFEST} is of other rows, or damaged"
+        sizes = patiently(storage.tree, store)
+        for name, expected in content["files"].items():
+            if sizes.get(name) != expected["size"] or patiently(storage.identity, f"{store}/{name}") != expected:
+                return f"{uris.redacted(store)}/{name} {DAMAGED}"
+    except FileNotFoundError as error:
+        return f"{uris.redacted(store)} lacks a file: {error}"
+    return None
+
+
+def _publish(rows: Packed, store: str) -> None:
+    for name in rows.content["files"]:
+        patiently(storage.upload, rows.folder / name, f"{store}/{name}")
+    patiently(storage.write, f"{store}/{MANIFEST}", storage.pack_json(rows.content))
 
 
 def _fetch(store: str, folder: Path) -> None:
@@ -299,9 +317,8 @@ def _fetch(store: str, folder: Path) -> None:
                         uris.redacted(store), f"{MANIFEST} names {name!r}, which is no file's name", False
                     )
                 patiently(storage.download, f"{store}/{name}", new / name)
-                if _identity(new / name) != expected:
-                    reason = f"is damaged: it differs from size and SHA-256 in {MANIFEST}"
-                    raise StorageError(f"{uris.redacted(store)}/{name}", reason, False)
+                if storage.identity(str(new / name)) != expected:
+                    raise StorageError(f"{uris.redacted(store)}/{name}", DAMAGED, False)
             (new / MANIFEST).write_bytes(storage.pack_json(content))
     except FileNotFoundError as error:
         raise StorageError(uris.redacted(store), f"lacks a file: {error}", False) from error

@@ -7,6 +7,7 @@ Credentials and endpoints come from the environment or the machine (``AWS_ACCESS
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -269,6 +270,19 @@ def download(uri: str, file: Path) -> None:
     with _translated(uri):
         fs, path = filesystem(uri)
         fs.get_file(path, str(file))
+
+
+def identity(uri: str) -> dict[str, Any]:
+    """``sha256`` and ``size`` in bytes of a file of any size.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StorageError: it could not be read.
+    """
+    with _translated(uri):
+        fs, path = filesystem(uri)
+        with fs.open(path, "rb") as stream:
+            return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "size": stream.tell()}
 
 
 def tree(uri: str) -> dict[str, int]:

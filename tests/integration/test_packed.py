@@ -105,12 +105,17 @@ def test_counts_are_those_of_the_rows(tmp_path: Path) -> None:
         }
 
 
-def test_a_cut_cache_is_built_again(cache: Path, tmp_path: Path) -> None:
+def test_a_damaged_cache_is_built_again(cache: Path, tmp_path: Path) -> None:
     first = task(recipe(tmp_path))
     whole, file = first.train[:], cache / first.packed.fingerprint / "train.arrow"
+    content = file.read_bytes()
+    flipped = bytes([*content[:-2000], content[-2000] ^ 1, *content[-1999:]])
     del first
-    file.write_bytes(file.read_bytes()[:-100])
-    assert task(recipe(tmp_path)).train[:] == whole
+    for damaged in (content[:-100], flipped):
+        file.unlink()  # not in place: rows of the first task are mapped
+        file.write_bytes(damaged)
+        assert task(recipe(tmp_path)).train[:] == whole
+        assert file.read_bytes() == content
 
 
 def test_a_cache_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +136,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_another_machine_gets_them_from_the_storage(
-    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = recipe(tmp_path, storage={"uri": bucket}, **CLASSES)
     built = task(given)
@@ -160,6 +165,21 @@ def test_another_machine_gets_them_from_the_storage(
     with monkeypatch.context() as context:
         context.setattr("hyperlora.tasks.survey", original)
         assert task(given).train[:] == built.train[:]
+
+    # The next job finds the damage, of a bit, of the end or of the manifest, and publishes the rows again.
+    arrow, manifest = storage.read(f"{bucket}/rows/{rows}/eval.arrow"), f"{bucket}/rows/{rows}/rows.json"
+    for damaged, data in ((uri, None), (f"{bucket}/rows/{rows}/eval.arrow", arrow[:-9]), (manifest, b'{"files": ')):
+        if data is not None:
+            storage.write(damaged, data)
+        elsewhere(monkeypatch, tmp_path)
+        with monkeypatch.context() as context:
+            context.setattr("hyperlora.tasks.survey", original)
+            caplog.clear()
+            assert share_rows(given) == rows
+            assert f"rows are published again: {damaged}" in caplog.text
+            share_rows(given)
+        elsewhere(monkeypatch, tmp_path, f"after-{damaged.rsplit('/', 1)[1]}")
+        assert task(given, rows=rows).train[:] == built.train[:]
 
     elsewhere(monkeypatch, tmp_path, "fifth")
     storage.write(f"{bucket}/rows/{rows}/rows.json", b'{"files": {"../../x": {}}, "parts": {}, "labels": []}')
