@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hyperlora import runs, storage
+from hyperlora import runs
 from hyperlora.config import Problem, Recipe, RecipeError, parse
-from hyperlora.storage import patiently
 from hyperlora.study import measured
 from hyperlora.tasks import FAMILIES
 
@@ -56,7 +55,7 @@ def best(uri: str, metric: str | None = None, margin: float | None = None) -> Ca
     Raises:
         RecipeError: there is no finished run, or it has no such metric.
     """
-    if runs.read(uri, "result.json") is not None:
+    if runs.result(uri) is not None:
         if margin is not None:
             raise RecipeError([Problem("--non-inferior", margin, "only with the folder of a study or search")])
         return _candidate(uri, metric)
@@ -105,7 +104,7 @@ def _cost(value: float, higher: bool) -> float:
 
 
 def _candidate(uri: str, metric: str | None) -> Candidate:
-    outcome, begun = runs.read(uri, "result.json"), runs.read(uri, "run.json")
+    outcome, begun = runs.result(uri), runs.read(uri, "run.json")
     if outcome is None or begun is None:
         raise RecipeError(
             [Problem("STUDY_OR_RUN", uri, "the folder of a finished run: result.json or run.json is missing")]
@@ -159,17 +158,10 @@ def adapter_files(candidate: Candidate, names: Sequence[str]) -> dict[str, bytes
     """The files of the run's exported adapter.
 
     Raises:
-        RecipeError: one is missing.
+        RecipeError: one is missing, or damaged.
         StorageError: the store does not answer.
     """
-    found: dict[str, bytes] = {}
-    for name in names:
-        try:
-            found[name] = patiently(storage.read, f"{candidate.uri}/adapter/{name}")
-        except FileNotFoundError:
-            allowed = f"the folder of a finished run: adapter/{name} is missing"
-            raise RecipeError([Problem("STUDY_OR_RUN", candidate.uri, allowed)]) from None
-    return found
+    return {name: runs.adapter_file(candidate.uri, candidate.outcome, name) for name in names}
 
 
 def card(text: bytes, record: Mapping[str, Any]) -> bytes:

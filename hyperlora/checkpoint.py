@@ -67,6 +67,11 @@ def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) 
     return save_tensors({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata)
 
 
+def identities(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """``bytes`` and ``sha256`` of files by name."""
+    return {n: {"bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for n, b in files.items()}
+
+
 def content(tensors: Mapping[str, Tensor], trainer: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, bytes]:
     """The files of a checkpoint, without its manifest."""
     return {**files, "state.safetensors": pack(tensors), "trainer.json": pack_json(trainer)}
@@ -121,7 +126,7 @@ def write(
     manifest = {
         "format": FORMAT,
         "step": step,
-        "files": {n: {"bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for n, b in files.items()},
+        "files": identities(files),
     }
     before_commit()
     tried(storage.create, f"{folder}/{COMMIT}", pack_json(manifest))
@@ -197,7 +202,7 @@ def load(uri: str) -> Checkpoint:
         manifest = patiently(storage.read, f"{uri}/{COMMIT}")
     except FileNotFoundError:
         raise RefusedError(uri, f"{uri} is no complete checkpoint: {COMMIT} is missing") from None
-    files = {name: _verified(uri, name, *expected) for name, expected in _expected(uri, manifest).items()}
+    files = {name: verified(uri, name, *expected, COMMIT) for name, expected in _expected(uri, manifest).items()}
     for name in ("state.safetensors", "trainer.json"):
         if name not in files:
             raise RefusedError(uri, f"{uri}/{COMMIT} names no {name}")
@@ -236,17 +241,22 @@ def _expected(uri: str, manifest: bytes) -> dict[str, tuple[int, str]]:
     return expected
 
 
-def _verified(uri: str, name: str, size: int, digest: str) -> bytes:
-    """The bytes of one file, read once more if they are not what the manifest says: the way here may be at fault."""
+def verified(uri: str, name: str, size: int, digest: str, manifest: str) -> bytes:
+    """The bytes of one file, read once more if they are not what the manifest says: the way here may be at fault.
+
+    Raises:
+        RefusedError: it is missing, or not what was written; names the file and the reason.
+        StorageError: the store does not answer.
+    """
     for _ in range(2):
         try:
             data = patiently(storage.read, f"{uri}/{name}")
         except FileNotFoundError:
             raise RefusedError(uri, f"{uri}/{name} is missing") from None
         if len(data) != size:
-            reason = f"{uri}/{name} has {len(data)} bytes, {COMMIT} says {size}"
+            reason = f"{uri}/{name} has {len(data)} bytes, {manifest} says {size}"
         elif hashlib.sha256(data).hexdigest() != digest:
-            reason = f"{uri}/{name} does not match the SHA-256 in {COMMIT}"
+            reason = f"{uri}/{name} does not match the SHA-256 in {manifest}"
         else:
             return data
     raise RefusedError(uri, reason)

@@ -162,8 +162,8 @@ def card_facts(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_adapter(
     uri: str, adapter: PlainAdapter, recipe: Recipe, outcome: dict[str, Any], patience: float = storage.PATIENCE
-) -> None:
-    """Write adapter and model card into a folder.
+) -> dict[str, dict[str, Any]]:
+    """Write adapter and model card into a folder; returns size and SHA-256 of the files by name.
 
     Args:
         uri: path or URI.
@@ -179,6 +179,7 @@ def write_adapter(
     files = adapter_files(adapter) | {"README.md": model_card(adapter, recipe, outcome).encode()}
     for name, data in files.items():
         patiently(storage.write, f"{uri}/{name}", data, patience=patience)
+    return checkpoint.identities(files)
 
 
 def model_card(adapter: PlainAdapter, recipe: Recipe, outcome: dict[str, Any]) -> str:

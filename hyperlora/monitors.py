@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import fsspec
 
+from hyperlora import storage
 from hyperlora.config import MonitorsConfig, Problem, RecipeError
 
 Monitor = Literal["stall", "pruning_drop", "gradient", "checkpoint"]
@@ -91,6 +92,8 @@ def _curve(content: Any, window: int) -> list[float]:
         smoothed = [trial["smoothed"] for trial in baseline["trials"]]
         curve = [mean([float(x) for x in values]) for values in zip(*smoothed, strict=True)]
     else:
+        if isinstance(content, dict) and storage.SEAL in content:
+            content = storage.unsealed(content)
         losses = content["losses"] if isinstance(content, dict) else content
         if not isinstance(losses, list):
             raise TypeError(f"losses are {type(losses).__name__}")

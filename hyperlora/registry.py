@@ -83,7 +83,7 @@ def register(
         client = MlflowClient(uri)
         champion = _champion(client, name)
         better, reason = _beats(facts, None if champion is None else (champion.version, _facts(champion)))
-        run_id = _store(client, mlflow_config, name, {**files, RECORD: storage.pack_json(record)}, facts)
+        run_id = _store(client, mlflow_config, name, {**files, RECORD: storage.sealed(record)}, facts)
         _make(client, name)
         version = client.create_model_version(
             name,
@@ -153,7 +153,7 @@ def _verified(model_uri: str, files: Mapping[str, bytes]) -> dict[str, Any]:
     if RECORD not in files:
         raise refuse(f"{RECORD} is missing")
     try:
-        record = json.loads(files[RECORD])
+        record = storage.unsealed(json.loads(files[RECORD]))
         wanted = {name: str(record["files"][name]) for name in FILES}
         missing = [key for key in FACTS if key not in record]
     except (ValueError, LookupError, TypeError) as error:

@@ -15,12 +15,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from hyperlora import storage
+from hyperlora import checkpoint, storage
 from hyperlora.config import Problem, Recipe, RecipeError, flatten
 from hyperlora.ownership import Lease, OwnedElsewhereError
 from hyperlora.storage import patiently
 from hyperlora.training import RunInfo
 
+RESULT = "result.json"
 # What may change between a run and its resumption: where and on what it runs, not what it computes.
 FREE = (
     "ray.",
@@ -108,8 +109,36 @@ def check_same(uri: str, recipe: Recipe) -> None:
 
 
 def result(uri: str) -> dict[str, Any] | None:
-    """The outcome of a finished run; None if it is not finished."""
-    return read(uri, "result.json")
+    """The outcome of a finished run; None if it is not finished.
+
+    Raises:
+        RecipeError: ``result.json`` is damaged.
+        StorageError: the store does not answer.
+    """
+    found = read(uri, RESULT)
+    try:
+        return None if found is None else storage.unsealed(found)
+    except ValueError as error:
+        raise _damaged(f"{uri}/{RESULT}", str(error)) from error
+
+
+def adapter_file(uri: str, outcome: Mapping[str, Any], name: str) -> bytes:
+    """A file of a finished run's adapter.
+
+    Raises:
+        RecipeError: it is missing, or not what the run wrote.
+        StorageError: the store does not answer.
+    """
+    facts = outcome["adapter_files"][name]
+    try:
+        return checkpoint.verified(f"{uri}/adapter", name, facts["bytes"], facts["sha256"], RESULT)
+    except checkpoint.RefusedError as error:
+        raise _damaged(f"{uri}/adapter/{name}", str(error)) from error
+
+
+def _damaged(file: str, reason: str) -> RecipeError:
+    again = f"without {RESULT} the same command (train: with --resume) writes all of it again"
+    return RecipeError([Problem("run", file, f"the file that the run wrote: {reason}; {again}")])
 
 
 def read(uri: str, name: str) -> Any:
@@ -126,6 +155,8 @@ def read(uri: str, name: str) -> Any:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
+        if name == RESULT:
+            raise _damaged(f"{uri}/{name}", f"{type(error).__name__}: {error}") from error
         allowed = f"a folder whose {name} is a JSON object or list ({type(error).__name__}: {error})"
         raise RecipeError([Problem("run", f"{uri}/{name}", allowed)]) from error
     return found
@@ -135,7 +166,7 @@ def unfinished(recipe: Recipe) -> RunInfo:
     """The newest run of the recipe's name, which must be unfinished and of the same recipe.
 
     Raises:
-        RecipeError: there is none, it is finished, or its recipe differs in what it computes.
+        RecipeError: there is none, it is finished, its end is damaged, or its recipe differs in what it computes.
         StorageError: the store does not answer.
     """
     base = storage.absolute(recipe.storage.uri)
@@ -158,7 +189,10 @@ def unfinished(recipe: Recipe) -> RunInfo:
 
 
 def _must_be_unfinished(uri: str) -> None:
-    if result(uri) is not None:
+    outcome = result(uri)
+    if outcome is not None:
+        for name in outcome["adapter_files"]:
+            adapter_file(uri, outcome, name)
         raise RecipeError([Problem("--resume", uri, "this run is finished; start without --resume for a new one")])
 
 

@@ -39,7 +39,7 @@ from hyperlora.training import RunInfo, Silent
 
 logger = logging.getLogger(__name__)
 
-RESULT, DIVERGED, MEMORY = "result.json", "diverged.json", "memory.json"
+DIVERGED, MEMORY = "diverged.json", "memory.json"
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _recorded(plan: Plan, done: dict[str, Result], at_work: set[str]) -> Iterato
 def recorded(trial: Trial) -> Result | None:
     """The result in a trial's folder; None while it has to run."""
     peak = (runs.read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
-    if (outcome := runs.read(trial.uri, RESULT)) is not None:
+    if (outcome := runs.result(trial.uri)) is not None:
         return Result(trial, "finished", None, outcome, peak)
     if (failure := runs.read(trial.uri, DIVERGED)) is not None:
         return Result(trial, "failed", failure["reason"], None, peak)
@@ -181,7 +181,7 @@ def _result(trial: Trial, reference: Any) -> Result:
     found = recorded(trial)
     if found is None:
         return Result(
-            trial, "failed", f"no {RESULT} in {trial.uri}: is it a folder that all workers share?", None, None
+            trial, "failed", f"no {runs.RESULT} in {trial.uri}: is it a folder that all workers share?", None, None
         )
     return found
 
@@ -202,7 +202,7 @@ def _train(content: dict[str, Any], uri: str, rows: str) -> None:
     recipe = parse(content)
     torch.set_num_threads(max(1, int(recipe.ray.cpus_per_worker)))
     with only_process(uri):
-        if runs.read(uri, RESULT) is not None or runs.read(uri, DIVERGED) is not None:
+        if runs.result(uri) is not None or runs.read(uri, DIVERGED) is not None:
             return
         try:
             training.train(recipe, RunInfo(uri, rows=rows), sink=PeakMemory(uri))

@@ -14,7 +14,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,8 @@ S3_OPTIONS = {
 #: Seconds that an operation is tried again where the caller names none.
 PATIENCE = 15.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
+#: Key of a JSON object under which its own SHA-256 is.
+SEAL = "sha256"
 PERMANENT = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 PERMANENT_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOSYS}
 
@@ -125,6 +127,25 @@ def _status(error: BaseException) -> int | None:
 
 def pack_json(content: Any) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """A JSON object with its own SHA-256 in it."""
+    return pack_json({**content, SEAL: hashlib.sha256(pack_json(content)).hexdigest()})
+
+
+def unsealed(found: Any) -> dict[str, Any]:
+    """What was sealed, out of the JSON that was read.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    if not isinstance(found, dict) or SEAL not in found:
+        raise ValueError("it lacks the SHA-256 of itself")
+    content = {key: value for key, value in found.items() if key != SEAL}
+    if hashlib.sha256(pack_json(content)).hexdigest() != found[SEAL]:
+        raise ValueError("it does not match the SHA-256 in it")
+    return content
 
 
 def read(uri: str) -> bytes:

@@ -594,8 +594,8 @@ class Trainer:
             outcome = self.outcome(uri, adapter_uri, seconds) | {"adapter_parameters_final": adapter.parameters}
             if self.run.owner is not None:
                 ownership.check(self.run.uri, self.run.owner)
-            write_adapter(adapter_uri, adapter, self.recipe, outcome, patience)
-            result = storage.pack_json(outcome)
+            outcome["adapter_files"] = write_adapter(adapter_uri, adapter, self.recipe, outcome, patience)
+            result = storage.sealed(outcome)
             patiently(storage.write, f"{self.run.uri}/result.json", result, patience=patience)
         except OSError as error:
             raise NotStoredError(self._keep_here(snapshot, adapter, seconds, error)) from error

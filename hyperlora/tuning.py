@@ -42,7 +42,6 @@ from hyperlora.config import Recipe, parse
 from hyperlora.sampling import Objective, Proposals, Values
 from hyperlora.search import (
     DIVERGED,
-    RESULT,
     PeakMemory,
     Result,
     Trial,
@@ -356,7 +355,7 @@ def train_trial(info: RunInfo) -> None:
     recipe = parse(runs.read(uri, "run.json")["recipe"])
     torch.set_num_threads(max(1, int(recipe.ray.cpus_per_worker)))
     with only_process(uri):
-        done = runs.read(uri, RESULT)
+        done = runs.result(uri)
         if done is None:
             newest = max(map(checkpoint.step_of, checkpoint.committed(uri)), default=0)
             kept = [r for r in runs.read(uri, REPORTS) or [] if r["step"] <= newest]
@@ -372,7 +371,8 @@ def train_trial(info: RunInfo) -> None:
                 write(uri, DIVERGED, {"reason": str(error)})
                 raise
             drop_checkpoints(uri)
-            done = runs.read(uri, RESULT)
+            done = runs.result(uri)
+            assert done is not None, f"the trial in {uri} ended without {runs.RESULT}"
     tune.report(done["evaluations"][-1] | {k: done[k] for k in ("rank_final", "training_seconds")})
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from refusals import Refused
 
+from hyperlora import storage
+
 # ---------------------------------------------------------------- storage and tracking
 
 
@@ -141,5 +143,5 @@ def test_a_finished_run_is_not_resumed(recipe_file: Path, tmp_path: Path, refuse
     run = tmp_path / "runs" / "small-20260101-000000"
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"recipe": {}, "mlflow_run_id": None}), encoding="utf-8")
-    (run / "result.json").write_text("{}", encoding="utf-8")
+    (run / "result.json").write_bytes(storage.sealed({"adapter_files": {}}))
     assert "this run is finished; start without --resume" in refused("train", recipe_file, "--resume")

@@ -13,6 +13,7 @@ from conftest import small_recipe
 from mlflow import MlflowClient
 from peft import PeftModel
 
+from hyperlora import storage
 from hyperlora.adapters import build_base, load_tokenizer
 from hyperlora.config import parse
 from hyperlora.tasks import build_task
@@ -121,9 +122,9 @@ def test_a_search_gives_its_best_trial_or_the_smallest_that_is_good_enough(
     for trial, source in (("t0001", "better"), ("t0002", "first")):
         (search / "trials" / trial).symlink_to(sources[source])
         outcomes[trial] = json.loads((Path(sources[source]) / "result.json").read_text())
-    larger = json.loads((Path(sources["better"]) / "result.json").read_text())
+    larger = storage.unsealed(json.loads((Path(sources["better"]) / "result.json").read_text()))
     larger["adapter_parameters_final"] = outcomes["t0002"]["adapter_parameters_final"] + 1
-    (Path(sources["better"]) / "result.json").write_text(json.dumps(larger))
+    (Path(sources["better"]) / "result.json").write_bytes(storage.sealed(larger))
     measured = [{"trial": t, "status": "finished"} for t in outcomes] + [{"trial": "t0003", "status": "stopped"}]
     (search / "tune.json").write_text(json.dumps({"metric": "held_out_loss", "measured": measured}))
     loss = {t: o["held_out_loss_after"] for t, o in outcomes.items()}
@@ -133,6 +134,29 @@ def test_a_search_gives_its_best_trial_or_the_smallest_that_is_good_enough(
         more = () if margin is None else ("--non-inferior", str(margin))
         done = command("register", str(search), "--name", "searched", *more, folder=folder)
         assert done["run"].endswith(wanted)
+
+
+@pytest.mark.parametrize("name", ["result.json", "adapter/adapter_model.safetensors", "adapter/README.md"])
+def test_damaged_ends_of_runs_are_refused_by_name(
+    registered: tuple[Path, Any, dict[str, str]], capfd: Any, name: str
+) -> None:
+    folder, _, sources = registered
+    file = Path(sources["other"]) / name
+    data = file.read_bytes()
+    place = data.index(b'"steps": 8') + 9 if name == "result.json" else len(data) // 2
+    file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    resume = ["train", str(folder / "other.yaml"), "--resume"]
+    for words in (["register", sources["other"], "--name", "arithmetic"], resume):
+        assert main(words) == 2
+        message = " ".join(capfd.readouterr().err.split())
+        assert f"got '{file}'; the file that the run wrote: " in message
+        assert "SHA-256" in message
+    if name == "adapter/adapter_model.safetensors":
+        # As the message says.
+        (Path(sources["other"]) / "result.json").unlink()
+        assert main(resume) == 0
+        assert file.read_bytes() == data
+    file.write_bytes(data)
 
 
 def test_all_problems_at_once(tmp_path: Path, capfd: Any) -> None:

@@ -14,6 +14,7 @@ import pytest
 import ray
 from conftest import small_recipe
 
+from hyperlora import storage
 from hyperlora.config import parse
 from hyperlora.sampling import Objective, Proposals, Searched
 from hyperlora.search import Result, Trial
@@ -43,7 +44,7 @@ def stand_in(config: dict[str, Any]) -> None:
         seen.append({"step": step, "loss": now, "accuracy": 1 / (1 + now)})
         (folder / "reports.json").write_text(json.dumps(seen))
         if step == STEPS:
-            (folder / "result.json").write_text(json.dumps({"evaluations": seen}))
+            (folder / "result.json").write_bytes(storage.sealed({"evaluations": seen}))
         tune.report(seen[-1])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hyperlora import storage
 from hyperlora.config import MonitorsConfig, RecipeError
 from hyperlora.monitors import Monitors, read_baseline, squared_error_of_mean, trailing_mean
 from hyperlora.pruning import BudgetPlan, Pruning
@@ -124,6 +125,9 @@ def test_every_form_of_a_baseline(tmp_path: Path) -> None:
         return read_baseline(MonitorsConfig(baseline=str(tmp_path / "b.json"), window=2), 100)
 
     assert read([4, 2, 0]) == read({"losses": [4, 2, 0], "name": "x"}) == [4.0, 3.0, 1.0]
+    (tmp_path / "result.json").write_bytes(storage.sealed({"losses": [4, 2, 0]}).replace(b"4", b"5"))
+    with pytest.raises(RecipeError, match="does not match the SHA-256 in it"):
+        read_baseline(MonitorsConfig(baseline=str(tmp_path / "result.json"), window=2), 100)
     trials = [{"smoothed": [4, 3, 2]}, {"smoothed": [2, 1, 0]}]
     contestants = [{"name": "lora", "trials": []}, {"name": "adalora", "trials": trials}]
     assert read({"baseline": "adalora", "contestants": contestants}) == [3.0, 2.0, 1.0]
