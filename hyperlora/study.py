@@ -115,7 +115,8 @@ def analyse(records: Sequence[Record], plan: Mapping[str, Any]) -> dict[str, Any
         result["importances"] = importances(varied, trials)
         result["heat_maps"] = _heat_maps(factors, usable, plan)
     result["recommended"] = _recommended(usable, plan["seeds"], higher)
-    result["dynamic_rank"] = _dynamic_rank(usable, result["reference_measured"], higher)
+    reference = result["reference_measured"]
+    result["dynamic_rank"] = _dynamic_rank(_of_equal_size(usable, reference), reference, higher)
     result["pareto"] = _pareto(usable, result["reference_measured"], higher)
     stable = [p["rank_stability"] for p in usable if p["rank_stability"] is not None]
     result["rank_stability"] = mean_interval(stable)
@@ -195,6 +196,17 @@ def _differs(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     shared = [s for s in a["by_seed"] if s in b["by_seed"]]
     gap = mean_interval([a["by_seed"][s] - b["by_seed"][s] for s in shared])
     return gap["low"] is not None and (gap["low"] > 0 or gap["high"] < 0)
+
+
+def _of_equal_size(
+    points: Sequence[Mapping[str, Any]], reference: Mapping[str, Any] | None
+) -> Sequence[Mapping[str, Any]]:
+    """The points whose final rank comes nearest to uniform LoRA's, where the space varies it; else all of them."""
+    if reference is None or not reference["by_seed"] or not points:
+        return points
+    distances = [abs(p["rank_final"] - reference["rank_final"]) for p in points]
+    half = reference["rank_final"] / reference["rank"] / 2  # half a rank in each module
+    return [p for p, distance in zip(points, distances, strict=True) if distance <= min(distances) + half]
 
 
 def _dynamic_rank(

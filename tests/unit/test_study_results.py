@@ -64,8 +64,9 @@ def point(n: int, seed: int, metric: float | None, **more: Any) -> dict[str, Any
     return ended(made, trial=f"p{n:03d}-seed{seed}", kind="point", point=n, values=GRID[n])
 
 
-def lora(seed: int, metric: float, lr: float = 2e-3) -> dict[str, Any]:
-    made = trials.record("lora", trials.decay(), seed=seed, lr=lr, metric=metric, stage="report" if seed else "tune")
+def lora(seed: int, metric: float, lr: float = 2e-3, **more: Any) -> dict[str, Any]:
+    stage = "report" if seed else "tune"
+    made = trials.record("lora", trials.decay(), seed=seed, lr=lr, metric=metric, stage=stage, **more)
     values = {"optimizer.lr": lr}
     return ended(made, trial=f"lora-lr{lr:g}-seed{seed}", kind="reference", point=None, values=values)
 
@@ -197,6 +198,19 @@ def test_whether_dynamic_rank_pays() -> None:
     same = study(lambda v, s: 0.7 + 0.01 * s + 0.02 * (-1) ** s, noise=0.001)["verdict"]
     assert "That dynamic rank pays on this task is not shown" in same
     assert "No knob changes accuracy beyond chance" in same
+
+
+def test_dynamic_rank_is_judged_at_the_size_of_uniform_lora() -> None:
+    """A larger adapter is better whatever its ranks are: that it beats a smaller uniform one says nothing."""
+    records = [lora(0, 0.1, ranks=(4, 4, 4, 4)), *(lora(s, 0.7 + 0.01 * s, ranks=(4, 4, 4, 4)) for s in SEEDS)]
+    for n, seed in itertools.product(range(len(GRID)), SEEDS):
+        large = n % 2
+        metric = 0.7 + 0.2 * large + 0.01 * seed - 0.001 * (seed == 2)
+        records.append(point(n, seed, metric, ranks=(16, 8, 6, 2) if large else (8, 4, 3, 1)))
+    result = analyse(records, plan())
+    assert result["points_measured"][result["recommended"]["point"]]["rank_final"] == 32
+    assert result["dynamic_rank"]["typical"]["mean"] == pytest.approx(-0.001 / 3)
+    assert "That dynamic rank pays on this task is not shown" in result["verdict"]
 
 
 def test_the_best_of_many_equal_points_does_not_beat_lora_by_luck(monkeypatch: pytest.MonkeyPatch) -> None:
