@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +58,8 @@ from hyperlora.training import RunInfo, Silent
 VALUES, REPORTS, STOPPED = "values.json", "reports.json", "stopped.json"
 #: A trial's driver asks for this much memory and no CPU: its workers need every CPU there is.
 DRIVER = {"memory": float(2**20)}
+#: As PyTorch says it of CPU and GPU, and Ray of a worker that it ended.
+SHORT_OF_MEMORY = re.compile("allocate memory|out of memory|low on memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -305,13 +309,19 @@ class _Driver(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         own = self._running.pop(trial.config["name"])
-        # The text: the error itself is a pickle in the store.
-        lines = str(trial.get_error() or "the worker is gone").strip().splitlines()
-        self._over(recorded(own) or Result(own, "failed", lines[-1][:300], None, None))
+        # Here and as text: what is in the store by now may lack it, and the error itself is a pickle.
+        text = Path(trial.error_file).read_text(encoding="utf-8")
+        self._over(recorded(own) or Result(own, "failed", _why(text), None, None))
 
     def _over(self, result: Result) -> None:
         _tell(self._proposals, self._search, result)
         self._told(result)
+
+
+def _why(text: str) -> str:
+    """The line of an error's text that says most: that memory ran out, or the last."""
+    lines = text.strip().splitlines()
+    return next((line for line in lines if SHORT_OF_MEMORY.search(line)), lines[-1]).strip()[:300]
 
 
 class _Searcher(Searcher):

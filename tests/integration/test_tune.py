@@ -5,20 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import ray
 import yaml
 from conftest import small_recipe
 from mlflow import MlflowClient
 
 from pipelines.cli import main
+
+#: Bytes of data of one worker: enough for PyTorch and a small trial.
+MOST_MEMORY = 5 * 2**29
 
 
 def prepare(folder: Path, **training: Any) -> list[str]:
@@ -131,14 +137,33 @@ def test_interrupted_it_leaves_a_report(number: signal.Signals, status: int, tmp
     assert "This result is partial" in (tmp_path / "out/tune.html").read_text()
 
 
-def test_a_failing_trial_is_marked_and_stops_nothing(tmp_path: Path) -> None:
-    content = {"name": "wild", "parameters": [{"key": "optimizer.lambda_ratio", "choices": [1.0, 1e200]}]}
-    (tmp_path / "wild.yaml").write_text(yaml.safe_dump(content))
+def limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
+
+
+@pytest.fixture
+def small_workers() -> Iterator[None]:
+    """A Ray whose workers get little memory; the command uses a Ray that runs already."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    limit = {"worker_process_setup_hook": limit_memory}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=limit)
+    yield
+    ray.shutdown()
+
+
+def test_failing_trials_are_marked_with_their_reasons_and_stop_nothing(tmp_path: Path, small_workers: None) -> None:
+    """One is out of memory, one diverges."""
+    size = {"key": "hypernetwork.hidden_size", "choices": [24, 4096]}
+    rate = {"key": "optimizer.lr", "choices": [0.01, 1e200], "when": {size["key"]: [24]}}
+    (tmp_path / "wild.yaml").write_text(yaml.safe_dump({"name": "wild", "parameters": [size, rate]}))
     command = prepare(tmp_path)
     command[command.index("smoke")] = str(tmp_path / "wild.yaml")
-    result = tune([*command, "method=adalora", "--trials", "2", "--sampler", "grid"], tmp_path)
-    (failure,) = result["failed"]
-    assert "gradient norm" in failure["reason"]
+    # Four layers of this width take more than a worker has.
+    result = tune([*command, "hypernetwork.layers=4", "--trials", "3", "--sampler", "grid"], tmp_path)
+    sizes = {t["trial"]: t["values"][size["key"]] for t in result["measured"]}
+    reasons = {sizes[failure["trial"]]: failure["reason"] for failure in result["failed"]}
+    assert "can't allocate memory" in reasons[4096]
+    assert "gradient norm" in reasons[24]
     assert result["counts"]["finished"] == 1
     assert result["complete"]
 
