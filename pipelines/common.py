@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from hyperlora import storage, tokens, uris
 from hyperlora.config import Problem, Recipe, RecipeError, apply_overrides, parse, read_yaml
+from hyperlora.ownership import Lease, OwnedElsewhereError
 from hyperlora.storage import patiently
 
 T = TypeVar("T")
@@ -119,31 +120,37 @@ def gathered(problems: list[Problem], read: Callable[[], T]) -> T | None:
         return None
 
 
-def check_out(out: str | None, recipe: Recipe | None, problems: list[Problem]) -> None:
-    """Find out whether the folder of a search is a local one; by default it lies in the recipe's ``storage.uri``."""
-    if recipe is not None and out is None and "://" in recipe.storage.uri:
-        problems.append(Problem("--out", None, f"a local folder: storage.uri is {recipe.storage.uri}"))
-    if out is not None and ("://" in out or not out.strip()):
-        problems.append(Problem("--out", uris.redacted(out), "a local folder"))
+def check_out(out: str | None, problems: list[Problem]) -> None:
+    """Find out whether the folder that somebody wants for a search can be one."""
+    if out is not None and (allowed := uris.problem(out)) is not None:
+        problems.append(Problem("--out", uris.redacted(out), allowed))
 
 
 @contextmanager
-def owned(out: Path, what: str) -> Iterator[None]:
+def owned(out: str, what: str) -> Iterator[None]:
     """The folder of a search, for this command alone.
 
     Raises:
         RecipeError: it cannot be written, or another command is at work in it.
     """
+    busy = f"a folder in which no other {what} runs now"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
+        if not storage.is_local(out):
+            lock: Any = Lease(out)
+        else:
+            folder = Path(storage.filesystem(out)[1])
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / ".lock").open("w")
+    except OwnedElsewhereError as error:
+        raise RecipeError([Problem("--out", out, f"{busy} ({error})")]) from error
     except OSError as error:
-        raise RecipeError([Problem("--out", str(out), f"a writable folder ({error.strerror})")]) from error
+        raise RecipeError([Problem("--out", out, f"a writable folder ({error.strerror or error})")]) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RecipeError([Problem("--out", str(out), f"a folder in which no other {what} runs now")]) from None
+        if not isinstance(lock, Lease):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RecipeError([Problem("--out", out, busy)]) from None
         yield
 
 
@@ -157,13 +164,6 @@ def check_new_folder(name: str, uri: str) -> None:
     file = storage.is_local(uri) and Path(storage.filesystem(uri)[1]).is_file()
     if file or patiently(storage.tree, uri):
         raise RecipeError([Problem(name, uri, "a new or an empty folder")])
-
-
-def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a kill, never meets half of it."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_bytes(data)
-    new.replace(path)
 
 
 def write_json(path: str | None, content: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from hyperlora import tracking
+from hyperlora import storage, tracking
 from hyperlora.comparison import analyse, final_loss
 from hyperlora.config import Problem, Recipe, RecipeError
 from hyperlora.field import Contestant, Entry, planned, rate, read_field, resolve
@@ -37,7 +37,7 @@ from pipelines.common import (
     shipped,
     write_json,
 )
-from pipelines.searching import run_planned, tracked, write_result
+from pipelines.searching import fetched, run_planned, tracked, write_result
 
 SELECTION = (
     "Every contestant's learning rate is the one with the lowest training loss (mean over the last tenth of the steps) "
@@ -55,7 +55,7 @@ class Comparison:
     rates: list[float]
     seeds: list[int]
     concurrency: int
-    out: Path
+    out: str
     command: str
 
     def plan(self, steps: int) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Comparison:
         (recipe,) = (c.recipe for c in self.contestants if c.name == entry.contestant)
         optimizer = recipe.optimizer.model_copy(update={"lr": entry.lr})
         recipe = recipe.model_copy(update={"seed": entry.seed, "optimizer": optimizer})
-        return Trial(entry.name, str(self.out / "trials" / entry.name), recipe, entry)
+        return Trial(entry.name, f"{self.out}/trials/{entry.name}", recipe, entry)
 
 
 def record(trial: Trial, result: Result | None) -> dict[str, Any]:
@@ -112,10 +112,10 @@ def main(args: Namespace, console: Console) -> int:
     with console.status("checking every contestant's recipe, data and model"):
         estimates = _inspect(comparison.contestants)
     plan = comparison.plan(next(iter(estimates.values())).steps)
-    console.print(screens.comparison_plan(comparison.contestants, estimates, plan, str(comparison.out)))
+    console.print(screens.comparison_plan(comparison.contestants, estimates, plan, comparison.out))
     if args.dry_run:
         sizes = {name: e.to_json() for name, e in estimates.items()}
-        write_json(args.json, {**plan, "out": str(comparison.out), "estimates": sizes})
+        write_json(args.json, {**plan, "out": comparison.out, "estimates": sizes})
         return 0
     with owned(comparison.out, "comparison"), _tracked(comparison, plan) as log:
         result = _run(comparison, plan, console, args.verbose)
@@ -150,13 +150,13 @@ def _resolve(args: Namespace) -> Comparison:
         only = [name.strip() for name in args.only.split(",") if name.strip()]
         trial = alone(recipe)
         contestants = gathered(problems, lambda: resolve(field, trial, only)) or []
-    check_out(args.out, recipe, problems)
+    check_out(args.out, problems)
     if problems:
         raise RecipeError(problems)
     assert recipe is not None
     assert field is not None
     suffix = "" if args.field == "default" else f"-{path.stem}"
-    out = Path(args.out or f"{recipe.storage.uri}/compare-{recipe.name}{suffix}").absolute()
+    out = storage.absolute(args.out or f"{recipe.storage.uri}/compare-{recipe.name}{suffix}")
     command = command_line(args, "field", "only", "lrs", "seeds", "concurrency", "out")
     return Comparison(recipe, contestants, field.baseline, rates, seeds, concurrency, out, command)
 
@@ -205,12 +205,12 @@ def _tracked(comparison: Comparison, plan: Mapping[str, Any]) -> Iterator[Any]:
     """The comparison's MLflow run, if there is to be one; yields what logs the finished result to it."""
     recipe, out = comparison.recipe, comparison.out
     params = {k: plan[k] for k in ("command", "baseline", "steps", "lrs", "seeds", "selection")}
-    files = [out / "comparison.json", out / "comparison.html"]
     with tracked(recipe, out, f"compare-{plan['name']}", params, "comparison") as run_id:
 
         def log(result: Mapping[str, Any]) -> None:
             if run_id is not None:
-                tracking.finish_comparison(recipe, run_id, result, files)
+                with fetched(out, ("comparison.json", "comparison.html")) as files:
+                    tracking.finish_comparison(recipe, run_id, result, files)
 
         yield log
 

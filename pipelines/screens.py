@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -108,7 +107,7 @@ def comparison_plan(
     return Group(_grid(field), Text(), _grid(rows))
 
 
-def comparison_summary(console: Console, result: Mapping[str, Any], out: Path) -> None:
+def comparison_summary(console: Console, result: Mapping[str, Any], out: str) -> None:
     """Print the end of a comparison, whole or not."""
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     table.add_column("")
@@ -128,7 +127,7 @@ def comparison_summary(console: Console, result: Mapping[str, Any], out: Path) -
         console.print(Text(f"missing: {', '.join(result['missing'])}", style="yellow"), soft_wrap=True)
     console.print(Text(), Text(result["verdict"]), Text(), sep="\n")
     for name in ("comparison.html", "comparison.json"):
-        console.print(Text(local(str(out / name))), soft_wrap=True)
+        console.print(Text(local(f"{out}/{name}")), soft_wrap=True)
 
 
 def study_plan(plan: Mapping[str, Any], e: Estimate, trials: int, seconds: float | None, out: str) -> RenderableType:
@@ -157,7 +156,7 @@ def _time(seconds: float | None) -> str:
     return "" if seconds is None else f", about {duration(seconds)} by the time of a few steps on this machine"
 
 
-def study_summary(console: Console, result: Mapping[str, Any], out: Path) -> None:
+def study_summary(console: Console, result: Mapping[str, Any], out: str) -> None:
     """Print the end of a study, whole or not."""
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     for column in ("knob", "from → to", "difference", "p", "importance"):
@@ -191,13 +190,13 @@ def tuning_plan(plan: Mapping[str, Any], seconds: float | None, out: str) -> Ren
     return _grid(rows)
 
 
-def tuning_summary(console: Console, result: Mapping[str, Any], out: Path) -> None:
+def tuning_summary(console: Console, result: Mapping[str, Any], out: str) -> None:
     """Print the end of a search, whole or not."""
     console.print(Text(f"\nsearch on {result['name']}, space {result['space']}", style="bold"))
     ending(console, result, out, ("tune.html", "tune.json", "trials.csv", "trials.parquet"))
 
 
-def ending(console: Console, result: Mapping[str, Any], out: Path, files: Sequence[str]) -> None:
+def ending(console: Console, result: Mapping[str, Any], out: str, files: Sequence[str]) -> None:
     """Failures, gaps, verdict and files of a search."""
     for failure in result["failed"]:
         console.print(Text(f"failed: {failure['trial']}: {failure['reason']}", style="red"), soft_wrap=True)
@@ -205,7 +204,7 @@ def ending(console: Console, result: Mapping[str, Any], out: Path, files: Sequen
         console.print(Text(f"missing: {len(result['missing'])} trials", style="yellow"), soft_wrap=True)
     console.print(Text(), Text(result["verdict"]), Text(), sep="\n")
     for name in files:
-        console.print(Text(local(str(out / name))), soft_wrap=True)
+        console.print(Text(local(f"{out}/{name}")), soft_wrap=True)
 
 
 def _interval(value: Mapping[str, Any]) -> str:

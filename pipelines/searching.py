@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -12,12 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from hyperlora import table, tracking
+from hyperlora import storage, table, tracking
 from hyperlora.comparison import Record
 from hyperlora.config import Recipe, first_line
 from hyperlora.fingerprint import recipe_fingerprint
 from hyperlora.search import Result, Trial, run
-from pipelines.common import replace_bytes
+from hyperlora.storage import patiently
 from pipelines.progress import TrialsProgress
 
 logger = logging.getLogger(__name__)
@@ -105,13 +106,13 @@ def run_planned(
 
 @contextmanager
 def tracked(
-    recipe: Recipe, out: Path, name: str, params: Mapping[str, Any], kind: str, tags: Mapping[str, str] | None = None
+    recipe: Recipe, out: str, name: str, params: Mapping[str, Any], kind: str, tags: Mapping[str, str] | None = None
 ) -> Iterator[str | None]:
     """The MLflow run of what happens in the folder ``out``, marked as it ends; None when nothing is to be tracked."""
     if not recipe.mlflow.enabled:
         yield None
         return
-    run_id = tracking.start_search(recipe, str(out), name, params, kind, tags)
+    run_id = tracking.start_search(recipe, out, name, params, kind, tags)
     try:
         yield run_id
     except BaseException as error:
@@ -122,7 +123,7 @@ def tracked(
 @contextmanager
 def tracked_trials(
     recipe: Recipe,
-    out: Path,
+    out: str,
     plan: Mapping[str, Any],
     kind: str,
     params: Sequence[str],
@@ -145,7 +146,7 @@ def tracked_trials(
     """
     recipe = recipe.with_absolute_paths()
     tags = {f"hyperlora.{k}": plan["provenance"][k] for k in ("recipe_fingerprint", "data_fingerprint")}
-    with tracked(recipe, out, out.name, {k: plan[k] for k in params}, kind, tags) as parent:
+    with tracked(recipe, out, out.rsplit("/", 1)[1], {k: plan[k] for k in params}, kind, tags) as parent:
         late: list[Result] = []
 
         def log(result: Result) -> None:
@@ -172,7 +173,8 @@ def tracked_trials(
             try:
                 for trial in late:
                     log_now(trial)
-                tracking.finish_search(recipe, parent, figures(result), [out / name for name in files], status)
+                with fetched(out, files) as here:
+                    tracking.finish_search(recipe, parent, figures(result), here, status)
             except tracking.ERRORS as error:
                 logger.warning("MLflow lacks what is in %s; the same command logs it: %s", out, first_line(error))
 
@@ -180,7 +182,7 @@ def tracked_trials(
 
 
 def write_result(
-    out: Path, stem: str, result: Mapping[str, Any], page: str, rows: Sequence[Mapping[str, Any]] | None = None
+    out: str, stem: str, result: Mapping[str, Any], page: str, rows: Sequence[Mapping[str, Any]] | None = None
 ) -> None:
     """Write a result as ``stem.json`` and ``stem.html``, and its trials as ``trials.csv`` and ``trials.parquet``."""
     files = {
@@ -188,4 +190,13 @@ def write_result(
         f"{stem}.html": page.encode(),
     }
     for name, content in (files | ({} if rows is None else table.files(rows))).items():
-        replace_bytes(out / name, content)
+        patiently(storage.write, f"{out}/{name}", content)
+
+
+@contextmanager
+def fetched(out: str, names: Sequence[str]) -> Iterator[list[Path]]:
+    """Files of a result on this machine, from where MLflow takes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            patiently(storage.download, f"{out}/{name}", Path(folder, name))
+        yield [Path(folder, name) for name in names]

@@ -11,13 +11,12 @@ import math
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from hyperlora import tracking
+from hyperlora import storage, tracking
 from hyperlora.config import METHODS, Problem, Recipe, RecipeError
 from hyperlora.field import Entry, planned, rate
 from hyperlora.fingerprint import data_fingerprint, recipe_fingerprint
@@ -66,7 +65,7 @@ class Options:
     metric: str
     rates: list[float]
     concurrency: int
-    out: Path
+    out: str
     command: str
 
 
@@ -107,7 +106,7 @@ class Study:
         return Trial(entry.name, self._uri(entry.name), recipe, entry)
 
     def _uri(self, name: str) -> str:
-        return str(self.options.out / "trials" / name)
+        return f"{self.options.out}/trials/{name}"
 
 
 def record(trial: Trial, result: Result | None) -> dict[str, Any]:
@@ -140,7 +139,7 @@ def main(args: Namespace, console: Console) -> int:
         with console.status("timing a few steps"):
             cost = probe(options.recipe)
     trials, later = study.wanted({})
-    console.print(screens.study_plan(study.plan, estimate, len(trials) + later, _hours(study, cost), str(options.out)))
+    console.print(screens.study_plan(study.plan, estimate, len(trials) + later, _hours(study, cost), options.out))
     if args.dry_run:
         write_json(args.json, study.plan | {"trials": len(trials) + later, "seconds": _hours(study, cost)})
         return 0
@@ -189,12 +188,12 @@ def _resolve(args: Namespace) -> Options:
         metric = metric or next(iter(names))
         if metric not in names:
             problems.append(Problem("--metric", metric, f"allowed: {', '.join(names)}"))
-    check_out(args.out, recipe, problems)
+    check_out(args.out, problems)
     if problems:
         raise RecipeError(problems)
     assert recipe is not None
     assert space is not None
-    out = Path(args.out or f"{recipe.storage.uri}/study-{recipe.name}-{space.name}").absolute()
+    out = storage.absolute(args.out or f"{recipe.storage.uri}/study-{recipe.name}-{space.name}")
     options = ("space", "seeds", "design", "points", "metric", "lora-lrs", "concurrency", "out")
     return Options(
         recipe=trial_recipe(recipe),

@@ -10,13 +10,12 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from hyperlora import tuning
+from hyperlora import storage, tuning
 from hyperlora.config import Problem, Recipe, RecipeError
 from hyperlora.preflight import Estimate, inspect
 from hyperlora.sampling import SAMPLERS, Objective, Proposals, Searched
@@ -73,7 +72,7 @@ class Options:
     seed: int
     evaluations: int
     concurrency: int | None
-    out: Path
+    out: str
     command: str
 
 
@@ -96,7 +95,7 @@ class Tuning:
         if o.watched is not None:
             first = self.recipe.training.eval_every or steps
             stopping = Stopping(o.watched.name, o.watched.higher, min(first, steps), steps)
-        return Search(str(o.out), self.plan["trials"], self.trial, o.objectives, stopping, o.concurrency)
+        return Search(o.out, self.plan["trials"], self.trial, o.objectives, stopping, o.concurrency)
 
     def proposals(self) -> Proposals:
         grid = self.space.feasible(self.space.grid()) if self.options.sampler == "grid" else []
@@ -117,7 +116,7 @@ def main(args: Namespace, console: Console) -> int:
         with console.status("timing a few steps"):
             evaluations = 1 if options.watched is None else options.evaluations
             seconds = tuned.plan["trials"] * probe(tuned.recipe).seconds(tuned.plan["steps"], evaluations)
-    console.print(screens.tuning_plan(tuned.plan, seconds, str(options.out)))
+    console.print(screens.tuning_plan(tuned.plan, seconds, options.out))
     if args.dry_run:
         write_json(args.json, tuned.plan | {"seconds": seconds})
         return 0
@@ -176,7 +175,7 @@ def _resolve(args: Namespace) -> Options:
             problems.append(
                 Problem("--workers", workers, f"must divide the batch of {recipe.training.batch_size} rows")
             )
-    check_out(args.out, recipe, problems)
+    check_out(args.out, problems)
     if problems:
         raise RecipeError(problems)
     assert recipe is not None
@@ -187,7 +186,7 @@ def _resolve(args: Namespace) -> Options:
     several = {"num_workers": workers, "backend": "ray" if workers > 1 else "local"}
     base = base.model_copy(update={"ray": base.ray.model_copy(update=several)})
     shown = ("space", "trials", "sampler", "metric", "objectives", "stop-on", "evaluations", "seed", "workers")
-    out = Path(args.out or f"{recipe.storage.uri}/tune-{recipe.name}-{space.name}").absolute()
+    out = storage.absolute(args.out or f"{recipe.storage.uri}/tune-{recipe.name}-{space.name}")
     return Options(
         recipe=base,
         tracked=recipe,
