@@ -67,7 +67,7 @@ def _job(args: Namespace, inner: Namespace) -> tuple[Recipe, jobs.Job, str]:
             problems.append(Problem("--address", None, allowed))
     problems += unset(env)
     if inner.command != "train":
-        check_out(inner.out, None if there is None else there[0], problems)
+        check_out(inner.out, problems)
         if inner.out is not None and "://" not in inner.out and not Path(inner.out).is_absolute():
             problems.append(Problem("--out", inner.out, "an absolute path that every node shares"))
     if problems or there is None or address is None:

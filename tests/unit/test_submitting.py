@@ -31,12 +31,15 @@ def test_relative_places_are_refused() -> None:
     assert {p.field for p in submit.unreachable(recipe)} == {"data.root", "monitors.baseline"}
 
 
-@pytest.mark.parametrize("out", [None, "here"])
+@pytest.mark.parametrize("out", [None, "here", "s3://bucket/out", "/shared/out"])
 def test_a_search_needs_a_folder_that_all_nodes_share(out: str | None) -> None:
     inner = Namespace(command="tune", recipe="quickstart", overrides=THERE, out=out, workers=1)
     args = Namespace(words=["tune", "quickstart", *THERE], env=[], address="http://head:8265", install=False)
-    with pytest.raises(RecipeError, match="--out: got"):
-        submit._job(args, inner)
+    if out == "here":
+        with pytest.raises(RecipeError, match="--out: got 'here'; an absolute path that every node shares"):
+            submit._job(args, inner)
+    else:  # without it, below storage.uri
+        assert submit._job(args, inner)[1].words[:2] == ["tune", "quickstart"]
 
 
 def test_following_ends_when_the_cluster_answers_errors_for_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
