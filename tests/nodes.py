@@ -81,14 +81,6 @@ class Node:
                 found[one.pid] = one
         return list(found.values())
 
-    def announce_end(self, head: Node, seconds: int) -> None:
-        """Have Ray know that the machine will be taken away, as a cloud tells of a spot machine."""
-        names = [w for p in _with(self.folder) for w in p.cmdline() if w.startswith("--node_id=")]
-        command = [str(BIN / "ray"), "drain-node", f"--address={head.address}", "--reason-message=spot machine"]
-        command += [f"--node-id={names[0].removeprefix('--node_id=')}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
-        command += [f"--deadline-remaining-seconds={seconds}"]
-        subprocess.run(command, env=os.environ | TOKEN, check=True, capture_output=True)
-
     def kill(self) -> None:
         """As if its machine had lost its power."""
         if self._process.poll() is None:
