@@ -189,9 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         check_json(args.json)
-        if "recipe" in args:
-            find_recipe(args.recipe)  # a misspelt name is told before seconds of imports
         if args.command == "train":
+            find_recipe(args.recipe)  # before seconds of imports; others have options with problems of their own
             from pipelines import train
 
             return train.main(args, console)

@@ -246,9 +246,9 @@ def test_all_problems_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> N
         "--concurrency: got '1.5'",
     ):
         assert expected in message
-    assert main(["compare", "quickstart", "gamma=-1", "--field", str(tmp_path / "none.yaml")]) == 2
+    assert main(["compare", "nothing", "--field", str(tmp_path / "none.yaml")]) == 2
     message = " ".join(capfd.readouterr().err.split())
-    assert "gamma: got -1" in message
+    assert "RECIPE: got 'nothing'" in message
     assert "--field: got" in message
     assert not (tmp_path / "o").exists()
 
