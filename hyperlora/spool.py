@@ -38,17 +38,22 @@ class Spool:
         self._file: TextIO | None = None
         self._durable = True
         self.dropped = 0
-        #: Records that were removed, and all that were ever in the queue.
-        self.removed, self.added = 0, 0
+        #: Records that were removed.
+        self.removed = 0
         self._records: list[dict[str, Any]] = []
         try:
             self._records = _read(path)[:capacity]
         except OSError as error:
             self._memory_only(error)
-        self.added = len(self._records)
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def added(self) -> int:
+        """All records that were ever in the queue."""
+        with self._lock:
+            return self.removed + len(self._records)
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a record of JSON types."""
@@ -59,7 +64,6 @@ class Spool:
                 self.dropped += 1
                 return
             self._records.append(record)
-            self.added += 1
             if self._durable:
                 try:
                     self._append(record)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
-from hyperlora import storage, tokens, uris
+from hyperlora import storage, uris
 from hyperlora.config import Problem, Recipe, RecipeError, apply_overrides, parse, read_yaml
 from hyperlora.ownership import Lease, OwnedElsewhereError
 from hyperlora.storage import patiently
@@ -49,10 +49,7 @@ def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
     Raises:
         RecipeError: with everything that is wrong with it.
     """
-    recipe = parse(apply_overrides(read_yaml(find_recipe(name)), overrides))
-    if recipe.ray.address is not None:
-        tokens.use()
-    return recipe
+    return parse(apply_overrides(read_yaml(find_recipe(name)), overrides))
 
 
 def is_file(path: Path) -> bool:
@@ -135,23 +132,32 @@ def owned(out: str, what: str) -> Iterator[None]:
     """
     busy = f"a folder in which no other {what} runs now"
     try:
-        if not storage.is_local(out):
-            lock: Any = Lease(out)
-        else:
-            folder = Path(storage.filesystem(out)[1])
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / ".lock").open("w")
+        lock = _locked(Path(storage.filesystem(out)[1])) if storage.is_local(out) else Lease(out)
+    except BlockingIOError:
+        raise RecipeError([Problem("--out", out, busy)]) from None
     except OwnedElsewhereError as error:
         raise RecipeError([Problem("--out", out, f"{busy} ({error})")]) from error
     except OSError as error:
         raise RecipeError([Problem("--out", out, f"a writable folder ({error.strerror or error})")]) from error
     with lock:
-        if not isinstance(lock, Lease):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RecipeError([Problem("--out", out, busy)]) from None
         yield
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The lock of a folder on this machine, until it is closed.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise
+    return lock
 
 
 def check_new_folder(name: str, uri: str) -> None:
