@@ -27,7 +27,7 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # type: ignore[attr-defined]
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.execution.context import get_train_context
@@ -225,11 +225,17 @@ def _check_address(address: str) -> None:
     try:
         with init_grpc_channel(parts.netloc) as channel:
             NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=10)
+    except AuthenticationError as error:  # RAY_AUTH_MODE asks for a token, and there is none
+        raise _not_let_in(address, first_line(error)) from error
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-            allowed = f"a cluster that lets this user in: {tokens.HOW} ({error.details()})"
-            raise RecipeError([Problem("ray.address", address, allowed)]) from error
+            raise _not_let_in(address, error.details()) from error
         # Ray's port for clients does not know this question; what is not Ray at all, Ray finds out.
+
+
+def _not_let_in(address: str, reason: str) -> RecipeError:
+    allowed = f"a cluster that lets this user in: {tokens.HOW} ({reason})"
+    return RecipeError([Problem("ray.address", address, allowed)])
 
 
 def _unreachable(address: str, error: Exception) -> RecipeError:

@@ -127,14 +127,16 @@ def test_without_the_token_it_says_how_to_give_it(address: str, tmp_path: Path, 
     assert "give its token in RAY_AUTH_TOKEN" in " ".join(done.stderr.split())
 
 
-@pytest.mark.parametrize("token", ["", "wrong"])
+@pytest.mark.parametrize(("mode", "token"), [("disabled", ""), ("token", ""), ("token", "wrong")])
 @pytest.mark.parametrize("command", ["submit", "train"])
-def test_a_missing_or_wrong_token_is_explained(cluster: Cluster, tmp_path: Path, command: str, token: str) -> None:
+def test_a_missing_or_wrong_token_is_explained(
+    cluster: Cluster, tmp_path: Path, command: str, mode: str, token: str
+) -> None:
     path = recipe_file(tmp_path, "token")
     words = ["submit", "train", str(path), "--address", cluster.url]
     if command == "train":
         words = ["train", str(path), f"ray.address={cluster.head.address}"]
-    done = hyperlora(*words, HOME=str(tmp_path), RAY_AUTH_TOKEN=token)
+    done = hyperlora(*words, HOME=str(tmp_path), RAY_AUTH_TOKEN=token, RAY_AUTH_MODE=mode)
     assert done.returncode == 2, done
     message = " ".join(done.stderr.split())
     assert message.startswith("1 problem: ")
