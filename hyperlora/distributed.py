@@ -38,7 +38,7 @@ from hyperlora import autoscaling, capacity, packed, storage, tokens, training
 from hyperlora.adapters import load_tokenizer
 from hyperlora.capacity import Node
 from hyperlora.config import Problem, Recipe, RecipeError, first_line, parse
-from hyperlora.stopping import NonFiniteError, Notice, NotStoredError, StoppedError
+from hyperlora.stopping import NonFiniteError, Notice, NotStoredError, StoppedError, terminable
 from hyperlora.storage import StorageError, patiently
 from hyperlora.tasks import build_task, shared_rows
 from hyperlora.training import RunInfo, Sink, Tee, World
@@ -173,13 +173,15 @@ def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterato
         if address is None:
             # Workers that wait for gradients of each other may share cores; a laptop with one core runs two.
             cpus = max(os.cpu_count() or 1, int(-(-recipe.ray.most * recipe.ray.cpus_per_worker // 1)))
-            _start(shown | {"num_cpus": cpus, "include_dashboard": dashboard})
+            with terminable():
+                _start(shown | {"num_cpus": cpus, "include_dashboard": dashboard})
         else:
             _check_address(address)
             if (told := tokens.warning(address)) is not None:
                 logger.warning(told)
             try:
-                ray.init(address=address, **shown)
+                with terminable():
+                    ray.init(address=address, **shown)
             except (OSError, ValueError, RuntimeError, RayError) as error:
                 raise _unreachable(address, error) from error
     try:
@@ -303,7 +305,6 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         _worker(config)
 
     sink.phase("starting Ray")
-    # Ray takes SIGTERM for itself when it starts.
     with cluster(recipe, verbose), Notice() as notice:
         # Beside this process: they must not go with a node that only lends its workers.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

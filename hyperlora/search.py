@@ -112,7 +112,6 @@ def run(
         return
     settings = recipe.ray.model_copy(update={"num_workers": concurrency})
     rows = share_rows(recipe)
-    # Ray takes SIGTERM for itself when it starts.
     with cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False), Notice() as notice:
         # Processes are kept for the next trial, on a GPU as well: importing everything costs seconds.
         task = ray.remote(

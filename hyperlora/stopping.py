@@ -4,8 +4,39 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM has come, and ends the command as Ctrl-C does."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within the block SIGTERM raises :class:`TerminatedError`, in the main thread.
+
+    Ray takes SIGTERM for itself when it starts, to exit with the signal's number: around its start the block makes the
+    same error of that, and gives the signal back.
+    """
+    mine = threading.current_thread() is threading.main_thread()
+    if mine:
+        before = signal.signal(signal.SIGTERM, _raise)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        raise TerminatedError from error
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise TerminatedError
 
 
 class Notice:
@@ -37,10 +68,6 @@ class Notice:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self._event.set()
-
-
-class TerminatedError(KeyboardInterrupt):
-    """SIGTERM has come to a search, which ends it as Ctrl-C does, between two things that it does."""
 
 
 class NonFiniteError(RuntimeError):

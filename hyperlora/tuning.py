@@ -175,7 +175,6 @@ def run(
         # Tune's new output prints tables whatever its verbosity is.
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     rows = share_rows(recipe) if trainable is None else ""
-    # Ray takes SIGTERM for itself when it starts.
     with cluster(recipe, verbose, dashboard=settings.most > 1), Notice() as notice:
         most = _capacity(recipe)
         at_once = max(1, min(most, search.concurrency or most))

@@ -183,54 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command != "submit" and address is not None and (told := tokens.warning(address)):
         console.print(Text(told, "yellow"), soft_wrap=True)
     from hyperlora.config import RecipeError
-    from hyperlora.stopping import NonFiniteError, StoppedError, TerminatedError
+    from hyperlora.stopping import NonFiniteError, StoppedError, TerminatedError, terminable
     from hyperlora.storage import StorageError
-    from pipelines.common import check_json, find_recipe
 
     try:
-        check_json(args.json)
-        if args.command == "train":
-            find_recipe(args.recipe)  # before seconds of imports; others have options with problems of their own
-            from pipelines import train
-
-            return train.main(args, console)
-        if args.command == "compare":
-            from pipelines import compare
-
-            return compare.main(args, console)
-        if args.command == "study":
-            from pipelines import study
-
-            return study.main(args, console)
-        if args.command == "tune":
-            from pipelines import tune
-
-            return tune.main(args, console)
-        if args.command == "export":
-            from pipelines import export
-
-            return export.main(args, console)
-        if args.command == "submit":
-            from pipelines import submit
-
-            return submit.main(args, parse_arguments(args.words), console)
-        if args.command == "deliver":
-            from pipelines import deliver
-
-            return deliver.main(args, console)
-        if args.command == "doctor":
-            from pipelines import doctor
-
-            return doctor.main(args, console)
-        if args.command in ("jobs", "logs", "stop"):
-            from pipelines import submit
-
-            return {"jobs": submit.listing, "logs": submit.logs, "stop": submit.stop}[args.command](args, console)
-        if args.command in ("register", "pull"):
-            from pipelines import register
-
-            return (register.main if args.command == "register" else register.pull)(args, console)
-        return recipes(args, console)
+        with terminable():
+            return _run(args, console)
     except RecipeError as error:
         _complain(str(error))
         return 2
@@ -248,9 +206,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return 1
     except KeyboardInterrupt as error:
-        again = "the same command with --resume" if args.command == "train" else "the same command"
-        _complain(f"interrupted; {again} goes on from the last checkpoint")
+        goes_on = "goes on from the last checkpoint"
+        again = dict.fromkeys(("compare", "study", "tune"), f"; the same command {goes_on}")
+        again["train"] = f"; the same command with --resume {goes_on}, if there is one"
+        _complain(f"interrupted{again.get(args.command, '')}")
         return 128 + (signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT)
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    from pipelines.common import check_json, find_recipe
+
+    check_json(args.json)
+    if args.command == "train":
+        find_recipe(args.recipe)  # before seconds of imports; others have options with problems of their own
+        from pipelines import train
+
+        return train.main(args, console)
+    if args.command == "compare":
+        from pipelines import compare
+
+        return compare.main(args, console)
+    if args.command == "study":
+        from pipelines import study
+
+        return study.main(args, console)
+    if args.command == "tune":
+        from pipelines import tune
+
+        return tune.main(args, console)
+    if args.command == "export":
+        from pipelines import export
+
+        return export.main(args, console)
+    if args.command == "submit":
+        from pipelines import submit
+
+        return submit.main(args, parse_arguments(args.words), console)
+    if args.command == "deliver":
+        from pipelines import deliver
+
+        return deliver.main(args, console)
+    if args.command == "doctor":
+        from pipelines import doctor
+
+        return doctor.main(args, console)
+    if args.command in ("jobs", "logs", "stop"):
+        from pipelines import submit
+
+        return {"jobs": submit.listing, "logs": submit.logs, "stop": submit.stop}[args.command](args, console)
+    if args.command in ("register", "pull"):
+        from pipelines import register
+
+        return (register.main if args.command == "register" else register.pull)(args, console)
+    return recipes(args, console)
 
 
 def _complain(text: str) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from safetensors.torch import load_file
@@ -192,3 +193,20 @@ def test_sigterm_of_the_driver_saves_a_checkpoint_on_the_workers(recipe_file: Pa
     resumed = run(recipe_file, *changes, "--resume")
     assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-6)
     assert resumed["ranks"] == whole["ranks"]
+
+
+def test_sigterm_while_ray_starts_ends_it_with_its_processes(recipe_file: Path) -> None:
+    arguments = [sys.executable, "-m", "pipelines.cli", "train", str(recipe_file)]
+    process = subprocess.Popen([*arguments, *TWO], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    started: list[psutil.Process] = []
+    while not started:
+        assert process.poll() is None
+        time.sleep(0.01)
+        children = psutil.Process(process.pid).children(recursive=True)
+        started = [child for child in children if "gcs_server" in child.name()]
+    process.send_signal(signal.SIGTERM)
+    _, message = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM, message
+    assert message.strip().splitlines()[-1].startswith("interrupted; the same command with --resume goes on"), message
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
