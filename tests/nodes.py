@@ -81,6 +81,14 @@ class Node:
                 found[one.pid] = one
         return list(found.values())
 
+    def drain(self) -> None:
+        """As if its cloud had announced to take the machine back."""
+        words = [word for process in self.processes() for word in process.cmdline()]
+        name = next(word.removeprefix("--node_id=") for word in words if word.startswith("--node_id="))
+        command = [BIN / "ray", "drain-node", "--address", str(self.address), "--node-id", name]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
+        subprocess.run([*command, "--deadline-remaining-seconds", "60"], env=os.environ | TOKEN, check=True)
+
     def kill(self) -> None:
         """As if its machine had lost its power."""
         if self._process.poll() is None:

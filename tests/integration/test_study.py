@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,3 +134,28 @@ def test_all_problems_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> N
     assert "5 problems" in message
     for option in ("--space", "--seeds", "--design", "--metric", "--lora-lrs"):
         assert f"{option}: got" in message
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_leaves_a_report_and_goes_on(number: signal.Signals, status: int, tmp_path: Path) -> None:
+    command = [*prepare(tmp_path), "--seeds", "1"]
+    arguments = [sys.executable, "-m", "pipelines.cli", *command]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 300
+        while not finished(tmp_path / "out"):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "no trial in minutes"
+            time.sleep(0.05)
+        process.send_signal(number)
+        message = process.communicate(timeout=120)[1]
+    assert process.returncode == status, message
+    assert "interrupted; the same command goes on from the last checkpoint" in message
+    assert "Traceback" not in message
+    partial = json.loads((tmp_path / "out/study.json").read_text())
+    assert not partial["complete"]
+    assert partial["missing"]
+    assert "Not yet ended" in (tmp_path / "out/study.html").read_text()
+    before = finished(tmp_path / "out")
+    assert main(command) == 0
+    assert before.items() <= finished(tmp_path / "out").items(), "finished trials are not repeated"
+    assert json.loads((tmp_path / "out/study.json").read_text())["complete"]
