@@ -1,8 +1,8 @@
 """What the monitors say of runs that go well and of runs that do not.
 
 Every run is of a recipe that ships, 150 steps, one process. Printed are the largest value of each monitor, in units of
-its threshold (from 1 on it warns), and the steps of the warnings. The healthy adalora run of the quickstart is the
-baseline of ``stall`` for the faults.
+its threshold (from 1 on it warns), the steps of the warnings, and the error of a run that came to no end. The healthy
+adalora run of the quickstart is the baseline of ``stall`` for the faults.
 
     OMP_NUM_THREADS=1 python -m benchmarks.monitors --json out/monitors.json
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import provenance, write_json
+from hyperlora.stopping import NonFiniteError
 from hyperlora.training import RunInfo, Silent, train
 from pipelines.common import load_recipe
 
@@ -41,10 +42,14 @@ FAULTS = (
 
 
 class Largest(Silent):
-    """Keeps the largest value of each monitor."""
+    """Keeps the largest value of each monitor, and its warnings."""
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
+        self.warnings: list[tuple[str, int]] = []
+
+    def warning(self, monitor: str, step: int, message: str) -> None:
+        self.warnings.append((monitor, step))
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self._take(metrics)
@@ -62,12 +67,17 @@ class Largest(Silent):
 def run(name: str, changes: tuple[str, ...], folder: Path) -> dict[str, Any]:
     """Train and print one line."""
     largest = Largest()
-    outcome = train(load_recipe(name, [*COMMON, *changes]), RunInfo(str(folder)), sink=largest)
-    warnings = [(w["monitor"], w["step"]) for w in outcome["warnings"]]
+    end = None
+    try:
+        train(load_recipe(name, [*COMMON, *changes]), RunInfo(str(folder)), sink=largest)
+    except NonFiniteError as error:
+        end = str(error)
     shown = "  ".join(f"{key} {value:.2f}" for key, value in sorted(largest.values.items()))
-    told = ", ".join(f"{monitor} at step {step}" for monitor, step in warnings) or "none"
-    print(f"{' '.join((name, *changes))}\n    {shown}   warnings: {told}", flush=True)
-    return {"recipe": name, "changes": changes, "largest": largest.values, "warnings": warnings}
+    told = ", ".join(f"{monitor} at step {step}" for monitor, step in largest.warnings) or "none"
+    print(
+        f"{' '.join((name, *changes))}\n    {shown}   warnings: {told}{f'   ended: {end}' if end else ''}", flush=True
+    )
+    return {"recipe": name, "changes": changes, "largest": largest.values, "warnings": largest.warnings, "ended": end}
 
 
 def main() -> None:

@@ -136,8 +136,7 @@ def test_all_problems_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> N
         assert f"{option}: got" in message
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_it_leaves_a_report_and_goes_on(number: signal.Signals, status: int, tmp_path: Path) -> None:
+def test_interrupted_it_leaves_a_report_and_goes_on(tmp_path: Path) -> None:
     command = [*prepare(tmp_path), "--seeds", "1"]
     arguments = [sys.executable, "-m", "pipelines.cli", *command]
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -146,9 +145,9 @@ def test_interrupted_it_leaves_a_report_and_goes_on(number: signal.Signals, stat
             assert process.poll() is None
             assert time.monotonic() < deadline, "no trial in minutes"
             time.sleep(0.05)
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         message = process.communicate(timeout=120)[1]
-    assert process.returncode == status, message
+    assert process.returncode == 130, message
     assert "interrupted; the same command goes on from the last checkpoint" in message
     assert "Traceback" not in message
     partial = json.loads((tmp_path / "out/study.json").read_text())
