@@ -108,7 +108,7 @@ def record(trial: Trial, result: Result | None) -> dict[str, Any]:
 
 def main(args: Namespace, console: Console) -> int:
     """Validate, run what is missing, and write the result; returns the exit status."""
-    comparison = _resolve(args)
+    comparison = resolved(args)
     with console.status("checking every contestant's recipe, data and model"):
         estimates = _inspect(comparison.contestants)
     plan = comparison.plan(next(iter(estimates.values())).steps)
@@ -129,7 +129,7 @@ def main(args: Namespace, console: Console) -> int:
 # ---------------------------------------------------------------- before anything runs
 
 
-def _resolve(args: Namespace) -> Comparison:
+def resolved(args: Namespace) -> Comparison:
     """Everything that the command line says.
 
     Raises:

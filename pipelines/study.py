@@ -130,7 +130,7 @@ def record(trial: Trial, result: Result | None) -> dict[str, Any]:
 
 def main(args: Namespace, console: Console) -> int:
     """Validate, show the cost, run what is missing, and write the result; returns the exit status."""
-    options = _resolve(args)
+    options = resolved(args)
     with console.status("checking recipe, data and model"):
         estimate = inspect(options.recipe)
         study = _decide(options, estimate)
@@ -164,7 +164,7 @@ def main(args: Namespace, console: Console) -> int:
 # ---------------------------------------------------------------- before anything runs
 
 
-def _resolve(args: Namespace) -> Options:
+def resolved(args: Namespace) -> Options:
     """Everything that the command line says.
 
     Raises:

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from hyperlora import capacity, jobs, tokens
-from hyperlora.config import Problem, Recipe, RecipeError
-from pipelines.common import check_out, gathered, is_file, load_recipe, shipped, write_json
+from hyperlora.config import Problem, RayConfig, Recipe, RecipeError
+from pipelines.common import gathered, is_file, load_recipe, shipped, write_json
 
 #: Arguments of the jobs that may name a file, which then travels with the job.
 FILES = ("recipe", "space", "field")
@@ -31,11 +31,11 @@ def main(args: Namespace, inner: Namespace, console: Console) -> int:
         inner: what the job's words say.
         console: of the terminal.
     """
-    recipe, job, address = _job(args, inner)
+    settings, job, address = _job(args, inner)
     if told := tokens.warning(address):
         console.print(Text(told, "yellow"), soft_wrap=True)
     client = jobs.connect(address)
-    _check_room(recipe, inner, client, job, address, console)
+    _check_room(settings, client, job, address, console)
     job_id, size = send(client, job, console)
     console.print(f"[bold]{job_id}[/] on {address}, {size / 2**20:.1f} MiB", highlight=False, soft_wrap=True)
     summary = {"job_id": job_id, "address": address, "bytes": size, "command": list(job.words)}
@@ -48,8 +48,8 @@ def main(args: Namespace, inner: Namespace, console: Console) -> int:
     return _exit(status)
 
 
-def _job(args: Namespace, inner: Namespace) -> tuple[Recipe, jobs.Job, str]:
-    """The recipe as the cluster has it, the job that the command line asks for, and where it goes.
+def _job(args: Namespace, inner: Namespace) -> tuple[RayConfig, jobs.Job, str]:
+    """The workers that the cluster has to hold, the job that the command line asks for, and where it goes.
 
     Raises:
         RecipeError: with everything that is wrong with it.
@@ -57,6 +57,12 @@ def _job(args: Namespace, inner: Namespace) -> tuple[Recipe, jobs.Job, str]:
     problems: list[Problem] = []
     env, address = args.env, args.address or os.environ.get(ADDRESS)
     there = gathered(problems, lambda: on_cluster(inner.recipe, inner.overrides))
+    workers = None
+    if inner.command != "train":
+        overrides = [*inner.overrides, *(there[1] if there is not None else ())]
+        more: list[Problem] = []
+        workers = gathered(more, lambda: _at_once(Namespace(**vars(inner) | {"overrides": overrides})))
+        problems += [p for p in more if p not in problems]
     if there is not None:
         recipe, changes = there
         problems += unreachable(recipe)
@@ -66,15 +72,34 @@ def _job(args: Namespace, inner: Namespace) -> tuple[Recipe, jobs.Job, str]:
             allowed = f"the URL of the cluster's dashboard, here, in the recipe's cluster.address, or in {ADDRESS}"
             problems.append(Problem("--address", None, allowed))
     problems += unset(env)
-    if inner.command != "train":
-        check_out(inner.out, problems)
-        if inner.out is not None and "://" not in inner.out and not Path(inner.out).is_absolute():
-            problems.append(Problem("--out", inner.out, "an absolute path that every node shares"))
+    out = getattr(inner, "out", None)
+    if out is not None and "://" not in out and not Path(out).is_absolute():
+        problems.append(Problem("--out", out, "an absolute path that every node shares"))
     if problems or there is None or address is None:
         raise RecipeError(problems)
     words, files = with_files(args.words, [getattr(inner, name, None) for name in FILES])
     there_only = ["ray.address=auto", *(["ray.backend=ray"] if inner.command == "train" else [])]
-    return recipe, jobs.Job([*words, *changes], files, env, args.install, there_only), address
+    settings = recipe.ray if workers is None else recipe.ray.model_copy(update={"num_workers": workers})
+    return settings, jobs.Job([*words, *changes], files, env, args.install, there_only), address
+
+
+def _at_once(search: Namespace) -> int:
+    """Workers that a search needs at a time, at least: those of one trial, or the trials of one worker each.
+
+    Raises:
+        RecipeError: with all that is wrong with its recipe and options.
+    """
+    if search.command == "tune":
+        from pipelines import tune
+
+        return tune.resolved(search).recipe.ray.fewest
+    if search.command == "study":
+        from pipelines import study
+
+        return study.resolved(search).concurrency
+    from pipelines import compare
+
+    return compare.resolved(search).concurrency
 
 
 def on_cluster(name: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
@@ -85,7 +110,7 @@ def on_cluster(name: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
 
 
 def _check_room(
-    recipe: Recipe, inner: Namespace, client: JobSubmissionClient, job: jobs.Job, address: str, console: Console
+    settings: RayConfig, client: JobSubmissionClient, job: jobs.Job, address: str, console: Console
 ) -> None:
     """Find out whether the cluster can ever hold the job.
 
@@ -93,10 +118,6 @@ def _check_room(
         RecipeError: it cannot, and no autoscaler adds enough to it.
     """
     nodes = jobs.nodes(address)
-    # A trial of a search has the workers that its option says; others run several trials of one worker at a time.
-    wanted = {"tune": "workers", "study": "concurrency", "compare": "concurrency"}.get(inner.command)
-    workers = recipe.ray.num_workers if wanted is None else getattr(inner, wanted) or 1
-    settings = recipe.ray.model_copy(update={"num_workers": workers})
     problems = capacity.problems(settings, nodes)
     if not problems:
         return

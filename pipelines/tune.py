@@ -108,7 +108,7 @@ class Tuning:
 
 def main(args: Namespace, console: Console) -> int:
     """Validate, show the cost, run what is missing, and write the result; returns the exit status."""
-    options = _resolve(args)
+    options = resolved(args)
     with console.status("checking recipe, data and model"):
         tuned = _decide(options, inspect(options.recipe))
     seconds = None
@@ -141,7 +141,7 @@ def main(args: Namespace, console: Console) -> int:
 # ---------------------------------------------------------------- before anything runs
 
 
-def _resolve(args: Namespace) -> Options:
+def resolved(args: Namespace) -> Options:
     """Everything that the command line says.
 
     Raises:

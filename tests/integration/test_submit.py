@@ -102,6 +102,44 @@ def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(addre
     assert resumed["modules"] == whole["modules"]
 
 
+def test_the_shipped_quickstart_is_a_job(address: str, tmp_path: Path) -> None:
+    fewer = ["training.steps=2", "training.checkpoint_every=1", "data.train_rows=64", "data.eval_rows=4"]
+    places = [f"storage.uri={tmp_path / 'runs'}", "mlflow.enabled=false"]
+    done = submit(address, tmp_path, "train", "quickstart", *fewer, *places)
+    assert done["exit"] == 0, done["shown"]
+    (result,) = results(tmp_path, "quickstart")
+    assert (result["workers"], len(result["losses"])) == (2, 2)
+
+
+def test_searches_are_jobs_that_share_the_cluster_and_the_rows(address: str, tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, "searched", steps=20, checkpoint_every=20)
+    ada = {"name": "ada", "label": "AdaLoRA", "set": {"method": "adalora"}}
+    lora = {"name": "lora", "label": "LoRA", "set": {"method": "lora"}, "rank": "final"}
+    field = tmp_path / "field.yaml"
+    field.write_text(yaml.safe_dump({"baseline": "ada", "contestants": [ada, lora]}), encoding="utf-8")
+    one, smoke = ["--concurrency", "1"], ["--space", "smoke", "--metric", "held_out_loss"]
+    study = ["--seeds", "1", "--design", "sobol", "--points", "2", "--lora-lrs", "none"]
+    searches = {
+        "tune": [*smoke, "--trials", "2", "--stop-on", "none"],
+        "study": [*smoke, *study],
+        "compare": ["--field", str(field), "--lrs", "0.02", "--seeds", "1"],
+    }
+    found = {}
+    for command, options in searches.items():
+        words = [command, str(path), *options, *one, "--out", str(tmp_path / command), "--no-follow"]
+        found[command] = submit(address, tmp_path, *words)["job_id"]
+    listing = tmp_path / "jobs.json"
+    assert hyperlora("jobs", "--address", address, "--json", str(listing)).returncode == 0
+    running = [j for j in json.loads(listing.read_text()) if j["status"] == "RUNNING" and j["job_id"] in found.values()]
+    assert len(running) >= 2, "they were to run at once"
+    for command, job in found.items():
+        done = hyperlora("logs", job, "--follow", "--address", address)
+        assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}"
+    for command, name in (("tune", "tune"), ("study", "study"), ("compare", "comparison")):
+        assert json.loads((tmp_path / command / f"{name}.json").read_text())["complete"] is True
+    assert len(list(tmp_path.glob("runs/rows/*"))) == 1, "tokenised and stored once"
+
+
 def test_a_failing_job_fails_the_command(address: str, tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "bad")
     changes = ["optimizer.lr=1e200", "optimizer.warmup=0", "optimizer.max_grad_norm=null", "method=adalora"]

@@ -11,6 +11,7 @@ import pytest
 from hyperlora import jobs, tokens
 from hyperlora.config import RecipeError
 from pipelines import submit
+from pipelines.cli import parse_arguments
 from pipelines.common import load_recipe, shipped
 
 THERE = ["storage.uri=s3://bucket/runs", "mlflow.tracking_uri=http://mlflow:5000"]
@@ -31,15 +32,50 @@ def test_relative_places_are_refused() -> None:
     assert {p.field for p in submit.unreachable(recipe)} == {"data.root", "monitors.baseline"}
 
 
+def sent(*words: str) -> Any:
+    """What ``hyperlora submit`` makes of a job's words."""
+    args = Namespace(words=list(words), env=[], address="http://head:8265", install=False)
+    return submit._job(args, parse_arguments(words))
+
+
 @pytest.mark.parametrize("out", [None, "here", "s3://bucket/out", "/shared/out"])
 def test_a_search_needs_a_folder_that_all_nodes_share(out: str | None) -> None:
-    inner = Namespace(command="tune", recipe="quickstart", overrides=THERE, out=out, workers=1)
-    args = Namespace(words=["tune", "quickstart", *THERE], env=[], address="http://head:8265", install=False)
+    words = ["tune", "quickstart", *THERE, *([] if out is None else ["--out", out])]
     if out == "here":
         with pytest.raises(RecipeError, match="--out: got 'here'; an absolute path that every node shares"):
-            submit._job(args, inner)
+            sent(*words)
     else:  # without it, below storage.uri
-        assert submit._job(args, inner)[1].words[:2] == ["tune", "quickstart"]
+        assert sent(*words)[1].words[:2] == ["tune", "quickstart"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "workers"),
+    [
+        ("train", [], 2),
+        ("tune", ["--workers", "4"], 4),
+        ("tune", ["--concurrency", "3"], 1),
+        ("study", ["--concurrency", "3"], 3),
+        ("compare", ["--concurrency", "3"], 3),
+    ],
+)
+def test_the_cluster_has_to_hold_what_is_at_work_at_a_time(command: str, option: list[str], workers: int) -> None:
+    assert sent(command, "quickstart", *THERE, *option)[0].num_workers == workers
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "named"),
+    [
+        ("tune", ["--trials", "0", "--sampler", "x"], ["--trials", "--sampler"]),
+        ("study", ["--space", "x", "--design", "x"], ["--space", "--design"]),
+        ("compare", ["--lrs", "x", "--field", "x"], ["--lrs", "--field"]),
+    ],
+)
+def test_a_search_is_refused_here_with_all_that_is_wrong_with_it(
+    command: str, options: list[str], named: list[str]
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        sent(command, "quickstart", *THERE, "gamma=-1", *options)
+    assert sorted(p.field for p in caught.value.problems) == sorted(["gamma", *named])
 
 
 def test_following_ends_when_the_cluster_answers_errors_for_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
