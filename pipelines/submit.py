@@ -184,11 +184,16 @@ def unreachable(recipe: Recipe) -> list[Problem]:
 
 
 def follow(address: str, job_id: str, console: Console) -> JobStatus:
+    within_line = False
+
     def show(text: str) -> None:
+        nonlocal within_line
+        within_line = not text.endswith("\n")
         console.print(Text.from_ansi(text.removesuffix("\n")), end="\n" if text.endswith("\n") else "", soft_wrap=True)
 
     def lost(reason: str) -> None:
-        console.print(f"[yellow]connection lost ({reason}); the job goes on, trying again[/]", soft_wrap=True)
+        start = "\n" if within_line else ""
+        console.print(f"{start}[yellow]connection lost ({reason}); the job goes on, trying again[/]", soft_wrap=True)
 
     try:
         status = jobs.follow(address, job_id, show, lost)

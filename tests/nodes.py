@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -163,6 +164,47 @@ class Cluster:
     def kill(self) -> None:
         for node in [*self.nodes, self.head]:
             node.kill()
+
+
+class Line:
+    """A way to a port of this machine that can be cut.
+
+    Args:
+        port: where it ends.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._there, self._here = port, free_port()
+        self.url = f"http://127.0.0.1:{self._here}"
+        self._open: list[socket.socket] = []
+        self.mend()
+
+    def mend(self) -> None:
+        """Let connections through again."""
+        self._listener = socket.create_server(("127.0.0.1", self._here))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        """End all connections, and refuse new ones."""
+        for one in [self._listener, *self._open]:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        self._open.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):  # cut
+            while True:
+                near, far = listener.accept()[0], socket.create_connection(("127.0.0.1", self._there))
+                self._open += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):  # cut
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
 
 
 def hyperlora(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -66,7 +66,7 @@ def test_several_workers_give_the_losses_of_one_process(
 
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(recipe_file: Path) -> None:
-    changes = ("training.steps=400", "training.checkpoint_every=20", *TWO)
+    changes = ("training.steps=240", "training.checkpoint_every=20", *TWO)
     whole = run(recipe_file, *changes)
     runs = recipe_file.parent / "runs"
     before = set(runs.glob("small-*"))
@@ -135,15 +135,13 @@ def test_more_than_the_cluster_has(recipe_file: Path, capfd: pytest.CaptureFixtu
 
 
 def test_verbose_shows_what_ray_says(recipe_file: Path) -> None:
-    words = [sys.executable, "-m", "pipelines.cli", "train", str(recipe_file), *TWO]
-    said = {}
-    for more in ((), ("-v",)):
-        done = subprocess.run([*words, *more], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        said[more] = done.stdout + done.stderr
-    assert "Started a local Ray instance" in said["-v",]
-    assert "(RayTrainWorker pid=" in said["-v",] or "(TrainController pid=" in said["-v",]
-    assert not re.search(r"Started a local Ray|pid=", said[()])
+    """Without ``-v`` it says nothing: the quickstart's test."""
+    words = [sys.executable, "-m", "pipelines.cli", "train", str(recipe_file), *TWO, "-v"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert "Started a local Ray instance" in said
+    assert "(RayTrainWorker pid=" in said or "(TrainController pid=" in said
 
 
 def test_killed_driver_resumes(recipe_file: Path) -> None:

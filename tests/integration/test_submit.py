@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import small_recipe
-from nodes import TOKEN, Cluster, hyperlora, submit
+from nodes import TOKEN, Cluster, Line, hyperlora, submit
 
 from hyperlora import jobs
 from pipelines.cli import main
@@ -77,19 +77,31 @@ def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(addre
     path = recipe_file(tmp_path, "long", steps=100, checkpoint_every=1000, batch_size=64)
     job = submit(address, tmp_path, "train", str(path), "--no-follow")
     assert job["exit"] == 0
-    command = [sys.executable, "-m", "pipelines.cli", "logs", job["job_id"], "--follow", "--address", address]
+    line = Line(int(address.rpartition(":")[2]))
+    command = [sys.executable, "-m", "pipelines.cli", "logs", job["job_id"], "--follow", "--address", line.url]
     env = os.environ | {"RAY_AUTH_TOKEN": TOKEN["RAY_AUTH_TOKEN"]}
     follower = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     assert follower.stdout is not None
-    for line in follower.stdout:
-        if (shown := re.search(r"step (\d+)/100", line)) and int(shown[1]) >= 1:
+    seen, lost = [], False
+    for shown in follower.stdout:
+        seen.append(shown)
+        if "loading model" in shown:
+            line.cut()
+        elif "connection lost" in shown:
+            line.mend()
+            lost = True
+        elif lost and re.search(r"step \d+/100", shown):
             break
     summary = tmp_path / "stop.json"
     stopped = hyperlora("stop", job["job_id"], "--address", address, "--json", str(summary))
-    rest = follower.communicate(timeout=60)[0]
+    rest = follower.stdout.read()
+    assert lost
     assert stopped.returncode == 0, rest
-    assert follower.returncode == 143
-    assert json.loads(summary.read_text()) == {"job_id": job["job_id"], "status": "STOPPED"}
+    assert follower.wait(60) == 143
+    followed = "".join(t for t in [*seen, *rest.splitlines(keepends=True)] if not t.startswith("connection lost"))
+    logged = hyperlora("logs", job["job_id"], "--address", address).stdout
+    # A line that was cut goes on in another.
+    assert followed.replace("\n", "").startswith(logged.replace("\n", "")), f"{followed}\n-----\n{logged}"
     (saved,) = tmp_path.glob("runs/long-*/checkpoints/*/trainer.json")
     step = json.loads(saved.read_text())["step"]
     assert 1 <= step < 100
