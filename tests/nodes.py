@@ -52,6 +52,16 @@ class Node:
     """
 
     def __init__(self, cpus: int, head: str | None = None, grows: dict[str, Any] | None = None) -> None:
+        for left in reversed(range(3)):
+            if self._start(cpus, head, grows):
+                return
+            said = self._said.read_text()[-2000:]
+            self.kill()
+            # Somebody else may have taken one of its ports meanwhile.
+            assert left, f"a node ended when it started: {said}"
+
+    def _start(self, cpus: int, head: str | None, grows: dict[str, Any] | None) -> bool:
+        """Whether it came up; False when it ended."""
         self.folder = tempfile.mkdtemp(prefix="hl", dir="/tmp")  # sockets' paths may have 107 characters
         # Another Ray on this machine must not share these ports.
         ports = {name: free_port() for name in PORTS}
@@ -70,21 +80,28 @@ class Node:
         command += [f"--num-cpus={cpus}", "--disable-usage-stats", f"--temp-dir={self.folder}"]
         # Nodes that all believe to have the machine's memory would share it out several times over.
         command += ["--object-store-memory=200000000"]
-        self._process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._said = Path(self.folder, "said")
+        with self._said.open("wb") as said:
+            self._process = subprocess.Popen(command, env=env, stdout=said, stderr=subprocess.STDOUT)
         needed = [ports[PORTS[0]], *([self.dashboard] if self.dashboard else [])]
-        wait_until(lambda: all(map(_answers, needed)), 120)
+        wait_until(lambda: self._process.poll() is not None or all(map(_answers, needed)), 120)
+        return self._process.poll() is None
 
     def processes(self) -> list[psutil.Process]:
         """The node's processes, those of its workers among them."""
         found = {}
-        for process in [psutil.Process(self._process.pid), *_with(self.folder)]:
+        first = [psutil.Process(self._process.pid)] if self._process.poll() is None else []
+        for process in [*first, *_with(self.folder)]:
             for one in [process, *process.children(recursive=True)]:
                 found[one.pid] = one
         return list(found.values())
 
     def drain(self) -> None:
         """As if its cloud had announced to take the machine back."""
-        words = [word for process in self.processes() for word in process.cmdline()]
+        words: list[str] = []
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                words += process.cmdline()
         name = next(word.removeprefix("--node_id=") for word in words if word.startswith("--node_id="))
         command = [BIN / "ray", "drain-node", "--address", str(self.address), "--node-id", name]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
@@ -92,10 +109,9 @@ class Node:
 
     def kill(self) -> None:
         """As if its machine had lost its power."""
-        if self._process.poll() is None:
-            for process in self.processes():
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._process.wait(60)
         shutil.rmtree(self.folder, ignore_errors=True)
 
