@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from hyperlora.figures import smooth
 from hyperlora.verdict import verdict
@@ -153,7 +153,7 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     low, high = None, None
     if (n := len(x)) > 1:
         drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
-        tail = 100 * stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 - CONFIDENCE) / 2, n - 1))
+        tail = 100 * special.ndtr(math.sqrt(n / (n - 1)) * special.stdtrit(n - 1, (1 - CONFIDENCE) / 2))
         low, high = (float(v) for v in np.percentile(x[drawn].mean(axis=1), [tail, 100 - tail]))
     return {"mean": float(x.mean()), "low": low, "high": high, "n": len(x)}
 

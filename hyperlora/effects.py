@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 #: More distinct numbers than these are told apart by three bins of equal numbers of points.
 MOST_LEVELS, BINS = 5, 3
@@ -79,7 +79,7 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
     mean = float(np.mean(values))
     if n == 1:
         return {"mean": mean, "low": None, "high": None, "n": 1}
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    half = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2) * np.std(values, ddof=1) / np.sqrt(n))
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
@@ -111,8 +111,8 @@ class Fit:
         if self.freedom < 1:
             return nothing | {"mean": mean}
         error = float(np.sqrt(max(0.0, c @ self.covariance @ c)))
-        half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, self.freedom)) * error
-        p = 0.0 if error == 0 else float(2 * stats.t.sf(abs(mean) / error, self.freedom))
+        half = float(special.stdtrit(self.freedom, 0.5 + CONFIDENCE / 2)) * error
+        p = 0.0 if error == 0 else float(2 * special.stdtr(self.freedom, -abs(mean) / error))
         return {"mean": mean, "low": mean - half, "high": mean + half, "p": p}
 
 
@@ -172,7 +172,7 @@ def _joint_test(without: np.ndarray, whole: Fit, y: np.ndarray, weights: np.ndar
     if whole.residual <= 1e-12 * max(less.residual, 1e-300):
         return 0.0 if less.residual > 0 else 1.0
     f = (less.residual - whole.residual) / extra / (whole.residual / whole.freedom)
-    return float(stats.f.sf(f, extra, whole.freedom))
+    return float(special.fdtrc(extra, whole.freedom, f))
 
 
 def interactions(factors: Sequence[Factor], y: np.ndarray, weights: np.ndarray) -> list[dict[str, Any]]:

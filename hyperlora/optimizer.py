@@ -263,9 +263,9 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             return Factors(p, None, q)
 
         def directions(members: int, dim: int, device: torch.device) -> Tensor:
-            normal = torch.empty(members, dim, self.layout.rank).normal_(generator=rng)
+            normal = torch.empty(members, dim, self.layout.rank).normal_(generator=rng).to(dtype)
             start = torch.linalg.qr(normal).Q if initialization == "orthonormal" else normal * 0.02
-            return start.to(device=device, dtype=dtype).contiguous()  # qr returns columns one after another
+            return start.to(device).contiguous()  # qr returns columns one after another
 
         p = [directions(len(c.members), c.dim, c.buffer.device) for c in outputs]
         if self.fused:

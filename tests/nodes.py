@@ -71,6 +71,8 @@ class Node:
             self.address, self.dashboard = f"127.0.0.1:{ports['port']}", ports["dashboard-port"]
         env = os.environ | TOKEN | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
         env["HYPERLORA_CACHE"] = f"{self.folder}/cache"
+        # Ray Train plans with a node that has just died, and then waits a minute for its place.
+        env["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"
         if grows is not None:
             env |= _autoscaler(self.folder, f"{self.address}", grows)
         command = [str(BIN / "ray"), "start", "--head" if head is None else f"--address={head}", "--block"]

@@ -129,15 +129,28 @@ def test_a_folder_belongs_to_one_recipe(
     assert (out / "comparison.json").read_text() == before
 
 
-def test_killed_and_taken_up_again(whole: tuple[list[str], Path, dict[str, Any]], tmp_path: Path) -> None:
-    """Driver, Ray and trials die at once; the same command ends as if nothing had happened."""
+def test_stopped_killed_and_taken_up_again(whole: tuple[list[str], Path, dict[str, Any]], tmp_path: Path) -> None:
+    """SIGTERM leaves a partial result; then driver, Ray and trials die at once; the same command ends as ever."""
     command, _, result = whole
     out = tmp_path / "out"
     arguments = [sys.executable, "-m", "pipelines.cli", *command, "--out", str(out)]
+    deadline = time.monotonic() + 800
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not finished(out):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "no trial in minutes"
+            time.sleep(0.05)
+        process.terminate()
+        message = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, message
+    assert "interrupted; the same command goes on from the last checkpoint" in message
+    assert "Traceback" not in message
+    partial = json.loads((out / "comparison.json").read_text())
+    assert not partial["complete"]
+    stopped = finished(out)
     process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 500
-        while not (len(finished(out)) > 2 and interrupted(out) and (out / "comparison.json").exists()):
+        while not (len(finished(out)) > len(stopped) and interrupted(out)):
             assert process.poll() is None
             assert time.monotonic() < deadline, "not halfway in minutes"
             time.sleep(0.01)
@@ -154,30 +167,13 @@ def test_killed_and_taken_up_again(whole: tuple[list[str], Path, dict[str, Any]]
     assert "ada-seed1 (rate open)" in partial["missing"] or any(m.startswith("ada-lr") for m in partial["missing"])
     before, checkpoints = finished(out), interrupted(out)
     assert checkpoints
+    assert stopped.items() <= before.items()
     again = compare(command, out)
     assert exact(again) == exact(result)
     assert before.items() <= finished(out).items(), "finished trials are not repeated"
     for name, seconds in checkpoints.items():
         times = json.loads((out / "trials" / name / "result.json").read_text())["step_seconds"]
         assert times[: len(seconds)] == seconds, "an interrupted trial goes on from its newest checkpoint"
-
-
-def test_sigterm_leaves_a_partial_result(whole: tuple[list[str], Path, dict[str, Any]], tmp_path: Path) -> None:
-    command, _, _ = whole
-    out = tmp_path / "out"
-    arguments = [sys.executable, "-m", "pipelines.cli", *command, "--out", str(out)]
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 500
-        while not finished(out):
-            assert process.poll() is None
-            assert time.monotonic() < deadline, "no trial in minutes"
-            time.sleep(0.1)
-        process.terminate()
-        message = process.communicate(timeout=120)[1]
-    assert process.returncode == 143, message
-    assert "interrupted; the same command goes on from the last checkpoint" in message
-    assert "Traceback" not in message
-    assert not json.loads((out / "comparison.json").read_text())["complete"]
 
 
 def interrupted(out: Path) -> dict[str, list[float]]:

@@ -13,14 +13,14 @@ from kills import Where
 from hyperlora import checkpoint
 
 STEPS = 12
-#: Steps and pruning events are the recipe's; writes are those of three checkpoints, adapter and outcome, twice each.
-POINTS: dict[Where, int] = {"step": STEPS, "pruning event": 6, "write": 30}
+#: Steps and pruning events are the recipe's; writes are those of two checkpoints, adapter and outcome, twice each.
+POINTS: dict[Where, int] = {"step": STEPS, "pruning event": 6, "write": 24}
 
 
 @pytest.mark.parametrize("where", POINTS)
 def test_killed_anywhere_a_run_ends_with_the_same_adapter(where: Where, tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path)
-    recipe["training"] |= {"steps": STEPS, "checkpoint_every": 4, "eval_before": False}
+    recipe["training"] |= {"steps": STEPS, "checkpoint_every": 6, "eval_before": False}
     recipe["pruning"] = {"start": 2, "final": 3, "interval": 1}
     recipe["data"] |= {"eval_rows": 2}
     assert kills.run(recipe, str(tmp_path / "whole"))

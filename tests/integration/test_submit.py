@@ -49,18 +49,20 @@ def results(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def test_a_job_trains_on_the_cluster_as_a_local_run_does(address: str, tmp_path: Path) -> None:
-    path = recipe_file(tmp_path, "job")
-    words = ("train", str(path), "training.steps=12", "--env", "STORE_KEY")
-    done = submit(address, tmp_path, *words, STORE_KEY="topsecret")
+    """The shipped quickstart, a few steps of it."""
+    fewer = ["training.steps=4", "training.checkpoint_every=2", "data.train_rows=64", "data.eval_rows=4"]
+    words = ["train", "quickstart", *fewer, f"storage.uri={tmp_path / 'runs'}", "mlflow.enabled=false"]
+    done = submit(address, tmp_path, *words, "--env", "STORE_KEY", STORE_KEY="topsecret")
     assert (done["exit"], done["status"]) == (0, "SUCCEEDED"), done["shown"]
     assert done["job_id"] in done["shown"]
     assert "held-out exact match" in done["shown"]
     assert "topsecret" not in str(done)
-    (remote,) = results(tmp_path, "job")
-    assert remote["workers"] == 2
-    assert main(["train", str(path), "training.steps=12", "ray.backend=local", "ray.num_workers=1"]) == 0
-    local = results(tmp_path, "job")[-1]
-    assert remote["losses"] == pytest.approx(local["losses"], abs=1e-6)
+    (remote,) = results(tmp_path, "quickstart")
+    assert (remote["workers"], len(remote["losses"])) == (2, 4)
+    assert main([*words, "ray.backend=local", "ray.num_workers=1"]) == 0
+    local = results(tmp_path, "quickstart")[-1]
+    assert remote["losses"] == pytest.approx(local["losses"], abs=1e-4)
+    assert remote["modules"] == local["modules"]
     listed = hyperlora("jobs", "--address", address)
     assert re.search(rf"{done['job_id']}\s+SUCCEEDED", listed.stdout), listed
     assert "topsecret" not in listed.stdout
@@ -112,15 +114,6 @@ def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(addre
     whole = results(tmp_path, "long")[-1]
     assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-4)  # one worker, not two
     assert resumed["modules"] == whole["modules"]
-
-
-def test_the_shipped_quickstart_is_a_job(address: str, tmp_path: Path) -> None:
-    fewer = ["training.steps=2", "training.checkpoint_every=1", "data.train_rows=64", "data.eval_rows=4"]
-    places = [f"storage.uri={tmp_path / 'runs'}", "mlflow.enabled=false"]
-    done = submit(address, tmp_path, "train", "quickstart", *fewer, *places)
-    assert done["exit"] == 0, done["shown"]
-    (result,) = results(tmp_path, "quickstart")
-    assert (result["workers"], len(result["losses"])) == (2, 2)
 
 
 def test_searches_are_jobs_that_share_the_cluster_and_the_rows(address: str, tmp_path: Path) -> None:

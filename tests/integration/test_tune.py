@@ -83,26 +83,40 @@ def start(command: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "pipelines.cli", *command], start_new_session=True)
 
 
-def wait_for_work(process: subprocess.Popen[bytes], out: Path) -> dict[str, list[float]]:
-    """Until a trial has ended and another has a checkpoint; times of that one's steps."""
-    deadline = time.monotonic() + 500
-    while time.monotonic() < deadline:
+def wait_for_work(process: subprocess.Popen[bytes], out: Path) -> None:
+    """Until a trial more than before has ended and another has a checkpoint."""
+    before, deadline = set(finished(out)), time.monotonic() + 500
+    while not (set(finished(out)) - before and interrupted(out)):
         assert process.poll() is None
-        for marker in out.glob("trials/*/checkpoints/*/COMMIT"):
-            name = marker.parents[2].name
-            if finished(out) and name not in finished(out):
-                with contextlib.suppress(FileNotFoundError):
-                    return {name: json.loads((marker.parent / "trainer.json").read_text())["step_seconds"]}
+        assert time.monotonic() < deadline, "no trial in minutes"
         time.sleep(0.05)
-    raise AssertionError("not halfway in minutes")
 
 
-def test_killed_and_taken_up_again(tmp_path: Path) -> None:
-    """Driver, Ray and trials die at once; the same command ends the search."""
-    command = [*prepare(tmp_path, steps=30), "--trials", "4", "--stop-on", "none"]
+def interrupted(out: Path) -> dict[str, list[float]]:
+    """Unfinished trials that have a checkpoint: the times of its steps."""
+    found = {}
+    for marker in sorted(out.glob("trials/*/checkpoints/*/COMMIT")):
+        if (name := marker.parents[2].name) not in finished(out):
+            with contextlib.suppress(FileNotFoundError):  # an old one that the running trial has just removed
+                found[name] = json.loads((marker.parent / "trainer.json").read_text())["step_seconds"]
+    return found
+
+
+def test_interrupted_and_killed_it_goes_on(tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM leave a report; then driver, Ray and trials die at once; the same command ends the search."""
+    command, out = [*prepare(tmp_path, steps=30), "--trials", "6", "--stop-on", "none"], tmp_path / "out"
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = start(command)
+        wait_for_work(process, out)
+        process.send_signal(number)
+        assert process.wait(60) == status
+        result = json.loads((out / "tune.json").read_text())
+        assert not result["complete"]
+        assert result["missing"]
+        assert "This result is partial" in (out / "tune.html").read_text()
     process = start(command)
     try:
-        wait_for_work(process, tmp_path / "out")
+        wait_for_work(process, out)
     finally:
         family = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGKILL)
@@ -110,31 +124,16 @@ def test_killed_and_taken_up_again(tmp_path: Path) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         process.wait()
-    before, interrupted = finished(tmp_path / "out"), {}
-    for marker in sorted(tmp_path.glob("out/trials/*/checkpoints/*/COMMIT")):
-        if (name := marker.parents[2].name) not in before:
-            interrupted[name] = json.loads((marker.parent / "trainer.json").read_text())["step_seconds"]
-    assert interrupted
+    before, checkpoints = finished(out), interrupted(out)
+    assert len(before) >= 3
+    assert checkpoints
     result = tune(command, tmp_path)
-    assert before.items() <= finished(tmp_path / "out").items(), "finished trials are not repeated"
-    assert len(result["measured"]) == 4
-    assert result["counts"]["finished"] == 4
-    for name, seconds in interrupted.items():
-        outcome = json.loads((tmp_path / f"out/trials/{name}/result.json").read_text())
+    assert before.items() <= finished(out).items(), "finished trials are not repeated"
+    assert len(result["measured"]) == 6
+    assert result["counts"]["finished"] == 6
+    for name, seconds in checkpoints.items():
+        outcome = json.loads((out / f"trials/{name}/result.json").read_text())
         assert outcome["step_seconds"][: len(seconds)] == seconds, "an interrupted trial goes on from its checkpoint"
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_it_leaves_a_report(number: signal.Signals, status: int, tmp_path: Path) -> None:
-    command = [*prepare(tmp_path, steps=30), "--trials", "20", "--stop-on", "none"]
-    process = start(command)
-    wait_for_work(process, tmp_path / "out")
-    process.send_signal(number)
-    assert process.wait(60) == status
-    result = json.loads((tmp_path / "out/tune.json").read_text())
-    assert not result["complete"]
-    assert result["missing"]
-    assert "This result is partial" in (tmp_path / "out/tune.html").read_text()
 
 
 def limit_memory() -> None:
