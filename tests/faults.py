@@ -134,13 +134,19 @@ class Harness:
         return True
 
     def _worker(self, process: subprocess.Popen[str]) -> bool | None:
-        workers = [
-            p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline())
-        ]
-        if not workers:
-            return None
-        self.draw.choice(workers).kill()
-        return False
+        # They take half of a small run to come up, and come up one by one.
+        moment = self.draw.uniform(0, 0.5 * self.seconds)
+        while process.poll() is None:
+            workers = []
+            for member in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):  # it ended while it was looked at
+                    workers += [member] if "RayTrainWorker" in "".join(member.cmdline()) else []
+            if workers and moment <= 0:
+                self.draw.choice(workers).kill()
+                return False
+            moment -= 0.1 if workers else 0
+            time.sleep(0.1)
+        return None
 
     def _head(self, process: subprocess.Popen[str]) -> bool | None:
         family = psutil.Process(process.pid).children(recursive=True)

@@ -189,10 +189,11 @@ class Line:
 
     Args:
         port: where it ends.
+        delay: seconds that everything needs on its way there.
     """
 
-    def __init__(self, port: int) -> None:
-        self._there, self._here = port, free_port()
+    def __init__(self, port: int, delay: float = 0.0) -> None:
+        self._there, self._here, self._delay = port, free_port(), delay
         self.url = f"http://127.0.0.1:{self._here}"
         self._open: list[socket.socket] = []
         self.mend()
@@ -215,12 +216,13 @@ class Line:
             while True:
                 near, far = listener.accept()[0], socket.create_connection(("127.0.0.1", self._there))
                 self._open += [near, far]
-                for pair in ((near, far), (far, near)):
-                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
+                for way in ((near, far, self._delay), (far, near, 0.0)):
+                    threading.Thread(target=self._carry, args=way, daemon=True).start()
 
-    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+    def _carry(self, source: socket.socket, target: socket.socket, delay: float) -> None:
         with suppress(OSError):  # cut
             while data := source.recv(65536):
+                time.sleep(delay)
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
 

@@ -15,11 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import yaml
+from conftest import small_recipe
 from safetensors.torch import load_file
 
 from pipelines.cli import main
 
 TWO = ("ray.backend=ray", "ray.num_workers=2")
+STEPS = "training.steps=160"
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,14 @@ def run(recipe: Path, *changes: str) -> dict:
     result = json.loads(summary.read_text())
     result["losses"] = json.loads((Path(result["adapter"]).parent / "result.json").read_text())["losses"]
     return result
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What one process comes to in :data:`STEPS` steps."""
+    recipe = tmp_path_factory.mktemp("alone") / "small.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe(recipe.parent)), encoding="utf-8")
+    return run(recipe, STEPS)
 
 
 def same(alone: dict, several: dict) -> None:
@@ -69,16 +80,16 @@ def test_several_workers_give_the_losses_of_one_process(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(recipe_file: Path) -> None:
-    changes = ("training.steps=160", "training.checkpoint_every=20")
-    whole = run(recipe_file, *changes, *TWO)
-    same(run(recipe_file, *changes), whole)
+def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(recipe_file: Path, alone: dict) -> None:
+    changes = (STEPS, "training.checkpoint_every=20", *TWO)
+    whole = run(recipe_file, *changes)
+    same(alone, whole)
     runs = recipe_file.parent / "runs"
     before = set(runs.glob("small-*"))
     process = subprocess.Popen(
         [sys.executable, "-c", KILLER, str(runs), *(p.name for p in before)], stdout=subprocess.PIPE, text=True
     )
-    again = run(recipe_file, *changes, *TWO)
+    again = run(recipe_file, *changes)
     told, _ = process.communicate(timeout=60)
     assert told.startswith("killed worker"), told
     assert again["losses"] == whole["losses"]
@@ -139,22 +150,20 @@ def test_more_than_the_cluster_has(recipe_file: Path, capfd: pytest.CaptureFixtu
     assert "ray.gpus_per_worker: got 1.0; 2 workers need 2 GPUs, the cluster has 0" in message
 
 
-def test_killed_driver_resumes(recipe_file: Path) -> None:
+def test_killed_driver_resumes(recipe_file: Path, alone: dict) -> None:
     """Everything dies at once: driver, Ray and workers. The next command goes on from the last checkpoint.
 
     The first shows what Ray says, which it does not without ``-v``: the quickstart's test.
     """
-    changes = ("training.steps=200", "training.checkpoint_every=20")
-    whole = run(recipe_file, *changes)
+    changes = (STEPS, "training.checkpoint_every=20")
     runs = recipe_file.parent / "runs"
-    before = set(runs.glob("small-*"))
     arguments = [sys.executable, "-m", "pipelines.cli", "train", str(recipe_file), *changes, *TWO, "-v"]
     shown = recipe_file.parent / "shown"
     with shown.open("wb") as file:
         process = subprocess.Popen(arguments, start_new_session=True, stdout=file, stderr=file)
     try:
         deadline = time.monotonic() + 300
-        while not any(p.parents[2] not in before for p in runs.glob("*/checkpoints/*/COMMIT")):
+        while not any(runs.glob("*/checkpoints/*/COMMIT")):
             assert process.poll() is None, shown.read_text()
             assert time.monotonic() < deadline, "no checkpoint in five minutes"
             time.sleep(0.05)
@@ -166,34 +175,32 @@ def test_killed_driver_resumes(recipe_file: Path) -> None:
     assert "(RayTrainWorker pid=" in said or "(TrainController pid=" in said
     # The rest runs in this process alone: another number of workers.
     resumed = run(recipe_file, *changes, "--resume")
-    assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-6)
-    assert resumed["ranks"] == whole["ranks"]
+    assert resumed["losses"] == pytest.approx(alone["losses"], abs=1e-6)
+    assert resumed["ranks"] == alone["ranks"]
 
 
-def test_sigterm_of_the_driver_saves_a_checkpoint_on_the_workers(recipe_file: Path) -> None:
-    changes = ("training.steps=150", "training.checkpoint_every=1000")
-    whole = run(recipe_file, *changes)
+def test_sigterm_of_the_driver_saves_a_checkpoint_on_the_workers(recipe_file: Path, alone: dict) -> None:
+    changes = (STEPS, "training.checkpoint_every=1000")
     runs = recipe_file.parent / "runs"
-    before = set(runs.glob("small-*"))
     arguments = [sys.executable, "-m", "pipelines.cli", "train", str(recipe_file), *changes, *TWO]
     process = subprocess.Popen(
         arguments, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if (shown := re.search(r"step (\d+)/150", line)) and int(shown[1]) > 1:
+        if (shown := re.search(r"step (\d+)/160", line)) and int(shown[1]) > 1:
             break
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, message
-    (new,) = set(runs.glob("small-*")) - before
+    (new,) = runs.glob("small-*")
     (saved,) = new.glob("checkpoints/*/trainer.json")
     step = json.loads(saved.read_text())["step"]
-    assert 1 < step < 150
-    assert f"told to stop after step {step} of 150; the last checkpoint is {saved.parent}" in " ".join(message.split())
+    assert 1 < step < 160
+    assert f"told to stop after step {step} of 160; the last checkpoint is {saved.parent}" in " ".join(message.split())
     resumed = run(recipe_file, *changes, "--resume")
-    assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-6)
-    assert resumed["ranks"] == whole["ranks"]
+    assert resumed["losses"] == pytest.approx(alone["losses"], abs=1e-6)
+    assert resumed["ranks"] == alone["ranks"]
 
 
 def test_sigterm_while_ray_starts_ends_it_with_its_processes(recipe_file: Path) -> None:

@@ -139,7 +139,10 @@ def test_all_problems_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> N
 def test_interrupted_it_leaves_a_report_and_goes_on(tmp_path: Path) -> None:
     command = [*prepare(tmp_path), "--seeds", "1"]
     arguments = [sys.executable, "-m", "pipelines.cli", *command]
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(arguments, **pipes, **heard) as process:
         deadline = time.monotonic() + 300
         while not finished(tmp_path / "out"):
             assert process.poll() is None
