@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: Where ``ray up`` puts what it was given, on the head.
 FILE = "~/ray_bootstrap_config.yaml"
+#: Where a pod of Kubernetes finds its namespace.
+NAMESPACE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 #: Begins the line in which a job tells what it found.
 TOLD = "growth of the cluster: "
 
@@ -46,7 +48,9 @@ def growth() -> Growth | None:
         ]
         return Growth(groups, resources=dict(reported.max_resources))
     cluster, namespace = (os.environ.get(f"RAY_CLUSTER_{part}") for part in ("NAME", "NAMESPACE"))
-    if cluster and namespace:  # set by KubeRay
+    if namespace is None and Path(NAMESPACE).is_file():
+        namespace = Path(NAMESPACE).read_text(encoding="utf-8").strip()
+    if cluster and namespace:  # KubeRay sets the first, and the second in its newest versions
         try:
             resource = KubernetesHttpApiClient(namespace).get(f"rayclusters/{cluster}")
         except (requests.RequestException, OSError) as error:

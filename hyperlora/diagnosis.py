@@ -168,12 +168,14 @@ def compare(here: Mapping[str, str], told: Mapping[str, Any], asked: float, answ
         asked, answered: this machine's time before and after it was asked, seconds.
     """
     name = f"node {told['host']}"
-    other = {k: (v, told["versions"].get(k)) for k, v in here.items() if told["versions"].get(k) != v}
+    # Without what says for which device it was built: a laptop's torch is another than that of a node with a GPU.
+    public = {k: v.partition("+")[0] for k, v in told["versions"].items()}
+    other = {k: (v, public.get(k)) for k, v in here.items() if public.get(k) != v.partition("+")[0]}
     if other:
         text = ", ".join(f"{k} {theirs} (here {mine})" for k, (mine, theirs) in other.items())
-        # Ray takes nodes of one minor version of Python together and complains of no more.
-        small = other.keys() == {"python"} and len({v.rpartition(".")[0] for v in other["python"] if v}) == 1
-        advice = "give all nodes the same image, or submit with --install"
+        # Only files go to the cluster, and Ray itself sees to it that its nodes have one version of Python.
+        small = other.keys() == {"python"}
+        advice = "what travels is source code" if small else "give all nodes the same image, or submit with --install"
         yield Check(name, "warn" if small else "fail", text, advice)
     else:
         yield Check(name, "ok", "the same versions as here")

@@ -15,7 +15,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import ray
 from packaging.requirements import Requirement
+from packaging.version import Version
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -44,6 +46,11 @@ STOP_SECONDS = 300
 #: Seconds between attempts to follow a job whose connection was lost, and how long it may be lost.
 RETRY, LOST = 2.0, 600.0
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+
+#: Extras of this package for stores that not everybody has.
+STORES = ("gs", "az")
+#: The variable that Ray's own commands for jobs read.
+ADDRESS = "RAY_API_SERVER_ADDRESS"
 
 #: Loggers of Ray that tell of uploads and connections whatever Ray's own level is.
 CHATTER = (
@@ -78,20 +85,51 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         RecipeError: nobody answers there, or it asks for a token that is not given here.
     """
+    if logging.getLogger().level > logging.INFO:
+        for name in CHATTER:
+            logging.getLogger(name).setLevel(logging.WARNING)
+    with _only(address) as url:
+        try:
+            client = JobSubmissionClient(url)
+            client.get_version()
+        except (RayError, RuntimeError, RequestException, OSError, ValueError) as error:
+            raise _refusal(address, error) from error
+    return client
+
+
+@contextmanager
+def _only(address: str) -> Iterator[str]:
+    """The URL of an address, and no other: Ray's clients take what the environment says before what they are told.
+
+    Raises:
+        RecipeError: it is no URL of a dashboard.
+    """
     url = address if "://" in address else f"http://{address}"
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         allowed = "the URL of the cluster's dashboard, such as http://HOST:8265"
         raise RecipeError([Problem("--address", address, allowed)])
-    if logging.getLogger().level > logging.INFO:
-        for name in CHATTER:
-            logging.getLogger(name).setLevel(logging.WARNING)
+    before = os.environ.get(ADDRESS)
+    os.environ[ADDRESS] = url
     try:
-        client = JobSubmissionClient(url)
-        client.get_version()
-    except (RayError, RuntimeError, RequestException, OSError, ValueError) as error:
+        yield url
+    finally:
+        os.environ.pop(ADDRESS)
+        if before is not None:
+            os.environ[ADDRESS] = before
+
+
+@contextmanager
+def answered(address: str) -> Iterator[None]:
+    """For requests to a cluster that may go away meanwhile.
+
+    Raises:
+        RecipeError: it does not answer any more, or no longer lets us in.
+    """
+    try:
+        yield
+    except (RayError, RequestException) as error:
         raise _refusal(address, error) from error
-    return client
 
 
 def _refusal(address: str, error: Exception) -> RecipeError:
@@ -110,11 +148,12 @@ def nodes(address: str) -> list[Node]:
     Raises:
         RecipeError: its dashboard does not say.
     """
-    try:
-        # Where nodes have died, Ray takes the filtered answer for a truncated one and raises.
-        found = list_nodes(address, limit=10_000, filters=[("state", "=", "ALIVE")], raise_on_missing_output=False)
-    except (RayError, RayStateApiException, RuntimeError, RequestException, OSError, ValueError) as error:
-        raise _refusal(address, error) from error
+    with _only(address) as url:
+        try:
+            # Where nodes have died, Ray takes the filtered answer for a truncated one and raises.
+            found = list_nodes(url, limit=10_000, filters=[("state", "=", "ALIVE")], raise_on_missing_output=False)
+        except (RayError, RayStateApiException, RuntimeError, RequestException, OSError, ValueError) as error:
+            raise _refusal(address, error) from error
     return [Node(n.resources_total or {}, n.labels or {}) for n in found]
 
 
@@ -137,13 +176,22 @@ def pack(job: Job, folder: Path) -> int:
 
 
 def pinned() -> list[str]:
-    """The package's dependencies at the versions that are installed here."""
+    """The package's dependencies at the versions that are installed here, and those of its stores that are."""
     found = []
     for text in metadata.requires("hyperadalora") or []:
         need = Requirement(text)
-        if need.marker is None or need.marker.evaluate({"extra": ""}):
-            extras = f"[{','.join(sorted(need.extras))}]" if need.extras else ""
-            found.append(f"{need.name}{extras}=={metadata.version(need.name)}")
+        needed = need.marker is None or need.marker.evaluate({"extra": ""})
+        if not needed and not any(need.marker.evaluate({"extra": store}) for store in STORES):  # type: ignore[union-attr]
+            continue
+        try:
+            # Without what says for which device it was built: that is of this machine, and no index has it.
+            version = Version(metadata.version(need.name)).public
+        except metadata.PackageNotFoundError:
+            if needed:
+                raise
+            continue
+        extras = f"[{','.join(sorted(need.extras))}]" if need.extras else ""
+        found.append(f"{need.name}{extras}=={version}")
     return found
 
 
@@ -170,16 +218,18 @@ def growth(client: JobSubmissionClient, job: Job) -> Growth | None:
     gets: Ray keeps one copy.
 
     Raises:
-        RecipeError: the small job failed.
+        RecipeError: the small job failed, or has not ended after minutes.
     """
+    small_job = replace(job, env=())  # no secrets: it needs none
     with tempfile.TemporaryDirectory() as folder:
-        pack(job, Path(folder))
+        pack(small_job, Path(folder))
         small = client.submit_job(
             entrypoint="python -m hyperlora.autoscaling",
-            runtime_env=_runtime(job, Path(folder)),
+            runtime_env=_runtime(small_job, Path(folder)),
             metadata={"hyperlora": "(how far the autoscaler goes)"},
         )
-    while (status := client.get_job_status(small)) not in ENDED:
+    deadline = time.monotonic() + LOST
+    while (status := client.get_job_status(small)) not in ENDED and time.monotonic() < deadline:
         time.sleep(0.5)
     text = client.get_job_logs(small)
     try:

@@ -19,8 +19,6 @@ from pipelines.common import gathered, is_file, load_recipe, shipped, write_json
 
 #: Arguments of the jobs that may name a file, which then travels with the job.
 FILES = ("recipe", "space", "field")
-#: The variable that Ray's own commands for jobs read.
-ADDRESS = "RAY_API_SERVER_ADDRESS"
 
 
 def main(args: Namespace, inner: Namespace, console: Console) -> int:
@@ -35,8 +33,9 @@ def main(args: Namespace, inner: Namespace, console: Console) -> int:
     if told := tokens.warning(address):
         console.print(Text(told, "yellow"), soft_wrap=True)
     client = jobs.connect(address)
-    _check_room(settings, client, job, address, console)
-    job_id, size = send(client, job, console)
+    with jobs.answered(address):
+        _check_room(settings, client, job, address, console)
+        job_id, size = send(client, job, console)
     console.print(f"[bold]{job_id}[/] on {address}, {size / 2**20:.1f} MiB", highlight=False, soft_wrap=True)
     summary = {"job_id": job_id, "address": address, "bytes": size, "command": list(job.words)}
     if args.no_follow:
@@ -55,7 +54,7 @@ def _job(args: Namespace, inner: Namespace) -> tuple[RayConfig, jobs.Job, str]:
         RecipeError: with everything that is wrong with it.
     """
     problems: list[Problem] = []
-    env, address = args.env, args.address or os.environ.get(ADDRESS)
+    env, address = args.env, args.address or os.environ.get(jobs.ADDRESS)
     there = gathered(problems, lambda: on_cluster(inner.recipe, inner.overrides))
     workers = None
     if inner.command != "train":
@@ -69,7 +68,7 @@ def _job(args: Namespace, inner: Namespace) -> tuple[RayConfig, jobs.Job, str]:
         env = [*args.env, *recipe.cluster.env]
         address = args.address or recipe.cluster.address or address
         if address is None:
-            allowed = f"the URL of the cluster's dashboard, here, in the recipe's cluster.address, or in {ADDRESS}"
+            allowed = f"the URL of the cluster's dashboard, here, in the recipe's cluster.address, or in {jobs.ADDRESS}"
             problems.append(Problem("--address", None, allowed))
     problems += unset(env)
     out = getattr(inner, "out", None)
@@ -210,7 +209,8 @@ def _exit(status: JobStatus) -> int:
 
 def listing(args: Namespace, console: Console) -> int:
     """List a cluster's jobs; returns the exit status."""
-    found = jobs.listed(jobs.connect(args.address))
+    with jobs.answered(args.address):
+        found = jobs.listed(jobs.connect(args.address))
     rows = [
         {
             "job_id": j.submission_id or j.job_id,
@@ -241,7 +241,8 @@ def logs(args: Namespace, console: Console) -> int:
         write_json(args.json, {"job_id": args.job, "status": status.value})
         return _exit(status)
     try:
-        text, status = client.get_job_logs(args.job), client.get_job_status(args.job)
+        with jobs.answered(args.address):
+            text, status = client.get_job_logs(args.job), client.get_job_status(args.job)
     except RuntimeError as error:
         raise _no_job(args) from error
     console.print(Text.from_ansi(text), soft_wrap=True)
@@ -253,8 +254,9 @@ def stop(args: Namespace, console: Console) -> int:
     """Tell a job to save a checkpoint and end, and wait for it; returns the exit status."""
     client = jobs.connect(args.address)
     try:
-        running = client.stop_job(args.job)
-        status = client.get_job_status(args.job)
+        with jobs.answered(args.address):
+            running = client.stop_job(args.job)
+            status = client.get_job_status(args.job)
     except RuntimeError as error:
         raise _no_job(args) from error
     if running:

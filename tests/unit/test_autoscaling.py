@@ -70,6 +70,20 @@ def test_our_cluster_on_kubernetes() -> None:
     assert (group.resources["CPU"], group.resources["GPU"]) == (8, 1)
 
 
+@pytest.mark.usefixtures("kubernetes")
+def test_the_pod_knows_its_namespace_where_kuberay_does_not_tell_it(
+    head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_CLUSTER_NAMESPACE")
+    assert autoscaling.growth() is None
+    (head / "namespace").write_text("default\n")
+    monkeypatch.setattr(autoscaling, "NAMESPACE", str(head / "namespace"))
+    asked = []
+    monkeypatch.setattr(KubernetesHttpApiClient, "__init__", lambda client, namespace: asked.append(namespace))
+    assert autoscaling.growth() is not None
+    assert asked == ["default"]
+
+
 def test_a_cluster_whose_resource_may_not_be_read(kubernetes: dict[str, Any]) -> None:
     kubernetes.clear()
     assert autoscaling.growth() is None

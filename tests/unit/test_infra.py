@@ -15,6 +15,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from sqlalchemy import make_url
 
 from hyperlora.config import apply_overrides, parse, read_yaml
 from pipelines.cli import parse_arguments
@@ -147,6 +148,31 @@ def test_mlflow_takes_its_command() -> None:
     command = words(COMPOSE["services"]["mlflow"]["command"])
     assert command[:2] == ["mlflow", "server"]
     cli.commands["server"].make_context("server", command[2:])
+
+
+def test_mlflow_finds_its_database_and_gets_no_more_than_it_needs() -> None:
+    service = COMPOSE["services"]["mlflow"]
+    (uri,) = re.findall(r"--backend-store-uri (\S+)", service["command"])
+    driver = make_url(filled(uri)).get_dialect().driver
+    assert re.search(rf'"{driver}\[binary\]==[\d.]+"', (INFRA / "Dockerfile").read_text())
+    assert make_url(filled(uri)).password is None, "command lines are seen by all"
+    assert service["environment"]["PGPASSWORD"] == COMPOSE["services"]["postgres"]["environment"]["POSTGRES_PASSWORD"]
+    for name in ("mlflow", "bucket"):
+        assert not [key for key in COMPOSE["services"][name]["environment"] if "RAY" in key], name
+
+
+def test_the_store_knows_the_keys_that_the_nodes_have() -> None:
+    store, node = COMPOSE["services"]["store"], COMPOSE["services"]["head"]["environment"]
+    (file,) = store["configs"]
+    assert f"-s3.config={file['target']}" in store["command"]
+    content = re.sub(r"\$\{(\w+)[^}]*\}", r"\1", COMPOSE["configs"][file["source"]]["content"])
+    (identity,) = json.loads(content)["identities"]
+    keys = [re.sub(r"\$\{(\w+)[^}]*\}", r"\1", node[k]) for k in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
+    assert [list(c.values()) for c in identity["credentials"]] == [keys]
+
+
+def test_the_image_has_what_ray_up_calls_in_it() -> None:
+    assert {"rsync", "openssh-client", "git", "wget"} <= set((INFRA / "Dockerfile").read_text().split())
 
 
 def test_ray_takes_the_cloud_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
