@@ -64,8 +64,12 @@ def best(uri: str, metric: str | None = None, margin: float | None = None) -> Ca
         names = ", ".join(("result.json", *SEARCHES))
         raise RecipeError([Problem("STUDY_OR_RUN", uri, f"the folder of a finished run, study or search ({names})")])
     name, result = found
-    metric = metric or result["metric"]
-    points = _study_points(result) if name == "study.json" else _search_points(result)
+    try:
+        metric = metric or result["metric"]
+        points = _study_points(result) if name == "study.json" else _search_points(result)
+    except (LookupError, TypeError) as error:
+        allowed = f"a file that study or tune has written ({type(error).__name__}: {error})"
+        raise RecipeError([Problem("STUDY_OR_RUN", f"{uri}/{name}", allowed)]) from error
     groups = [[_candidate(f"{uri}/trials/{trial}", metric) for trial in trials] for trials in points]
     groups = [g for g in groups if g]
     if not groups:

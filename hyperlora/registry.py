@@ -29,6 +29,7 @@ import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from hyperlora import storage
 from hyperlora.config import MLflowConfig, Problem, RecipeError, first_line
@@ -121,6 +122,7 @@ def pull(tracking_uri: str, model_uri: str, folder: str) -> dict[str, Any]:
             [Problem("MODEL", model_uri, "models:/NAME@champion, another alias, or models:/NAME/VERSION")]
         )
     name, alias, version = match["name"], match["alias"], match["version"]
+    tracking.answers(tracking_uri)
     try:
         client = MlflowClient(tracking_uri)
         if alias is not None:
@@ -136,7 +138,7 @@ def pull(tracking_uri: str, model_uri: str, folder: str) -> dict[str, Any]:
             allowed = f"a version that is registered in {tracking_uri} ({first_line(error)})"
             raise RecipeError([Problem("MODEL", model_uri, allowed)]) from error
         raise tracking.unreachable(tracking_uri, error) from error
-    except OSError as error:
+    except (OSError, SQLAlchemyError, ImportError) as error:
         raise tracking.unreachable(tracking_uri, error) from error
     record = _verified(model_uri, files)
     for file, data in files.items():

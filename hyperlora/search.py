@@ -32,14 +32,16 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from hyperlora import runs, storage, training, warm_start
-from hyperlora.config import Recipe, parse
+from hyperlora.config import Recipe, StorageConfig, parse
 from hyperlora.stopping import NonFiniteError, Notice, TerminatedError
-from hyperlora.storage import patiently
+from hyperlora.storage import StorageError, patiently
 from hyperlora.training import RunInfo, Silent
 
 logger = logging.getLogger(__name__)
 
 DIVERGED, MEMORY = "diverged.json", "memory.json"
+#: Seconds that a trial's own files may wait for a store that is away: as long as its checkpoints by default.
+OUTAGE = StorageConfig().retry_seconds
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,8 @@ def _result(trial: Trial, reference: Any) -> Result:
     except RayError as error:
         logger.info("trial %s failed", trial.name, exc_info=error)
         peak = (runs.read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
-        return Result(trial, "failed", reason(error), None, peak)
+        # What fails after the last file has not failed the trial.
+        return recorded(trial) or Result(trial, "failed", reason(error), None, peak)
     found = recorded(trial)
     if found is None:
         return Result(
@@ -215,9 +218,15 @@ def _train(content: dict[str, Any], uri: str, rows: str) -> None:
 
 def drop_checkpoints(uri: str) -> None:
     """Remove what served to go on after a kill."""
-    fs, root = storage.filesystem(f"{uri}/checkpoints")
-    if fs.exists(root):
-        fs.rm(root, recursive=True)
+    tidy(f"{uri}/checkpoints")
+
+
+def tidy(uri: str) -> None:
+    """Delete a folder that nobody needs any more; where that fails it stays."""
+    try:
+        patiently(storage.remove_tree, uri)
+    except StorageError as error:
+        logger.warning("what is not needed any more stays: %s", error)
 
 
 @contextmanager
@@ -272,4 +281,4 @@ def _high_water_mark() -> int:
 
 def write(uri: str, name: str, content: Any) -> None:
     """Write a JSON file of a trial's folder whole."""
-    patiently(storage.write, f"{uri}/{name}", storage.pack_json(content))
+    patiently(storage.write, f"{uri}/{name}", storage.pack_json(content), patience=OUTAGE)

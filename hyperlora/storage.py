@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -331,7 +332,7 @@ def glob(uri: str, pattern: str) -> list[str]:
     with _translated(uri):
         fs, root = filesystem(uri)
         root = root.rstrip("/")
-        return sorted(path[len(root) + 1 :] for path in fs.glob(f"{root}/{pattern}"))
+        return sorted(path[len(root) + 1 :] for path in fs.glob(f"{escape(root)}/{pattern}"))
 
 
 def exists(uri: str) -> bool:

@@ -223,8 +223,12 @@ def _dynamic_rank(
     for seed in shared:
         others = [s for s in shared if s != seed]
         candidates = [p for p in points if seed in p["by_seed"] and (not others or set(others) & set(p["by_seed"]))]
+        if not candidates:  # as long as trials are missing, or have failed crosswise
+            continue
         best = _best(candidates, others or [seed], higher)
         chosen.append(best["by_seed"][seed] - reference["by_seed"][seed])
+    if not chosen:
+        return None
     every = [
         float(np.mean([p["by_seed"][s] for p in points if s in p["by_seed"]])) - reference["by_seed"][s] for s in shared
     ]

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import socket
 import sqlite3
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -260,10 +262,10 @@ def check(recipe: Recipe) -> None:
         RecipeError: it is not, or it does not know the experiment and cannot.
     """
     uri = recipe.mlflow.tracking_uri
-    _answers(uri)
+    answers(uri)
     try:
         MlflowClient(uri).get_experiment_by_name(recipe.mlflow.experiment)
-    except (MlflowException, OSError, SQLAlchemyError) as error:
+    except (MlflowException, OSError, SQLAlchemyError, ImportError) as error:  # a database's driver may be missing
         raise unreachable(uri, error) from error
 
 
@@ -274,7 +276,7 @@ def probe(config: MLflowConfig) -> None:
         RecipeError: nobody answers in seconds.
         MlflowException: the server refuses.
     """
-    _answers(config.tracking_uri)
+    answers(config.tracking_uri)
     client = MlflowClient(config.tracking_uri)
     run_id = client.create_run(experiment(client, config), tags={"mlflow.runName": "doctor"}).info.run_id
     client.log_metric(run_id, "probe", 1.0)
@@ -282,7 +284,7 @@ def probe(config: MLflowConfig) -> None:
     client.delete_run(run_id)
 
 
-def _answers(uri: str) -> None:
+def answers(uri: str) -> None:
     """Raise RecipeError when nobody answers at a URI."""
     try:
         if uri.startswith("sqlite:///"):
@@ -291,6 +293,8 @@ def _answers(uri: str) -> None:
             sqlite3.connect(database).execute("PRAGMA schema_version").close()
         elif uri.startswith(("http://", "https://")):
             urllib.request.urlopen(uri, timeout=10).close()
+        elif (place := urlsplit(uri)).hostname and place.port:
+            socket.create_connection((place.hostname, place.port), timeout=10).close()
     except urllib.error.HTTPError:
         return  # it answered
     except (sqlite3.Error, OSError) as error:
@@ -395,6 +399,12 @@ def missed(tracking_uri: str | None = None) -> list[Missed]:
     return [m for m in found if m is not None and tracking_uri in (None, m.tracking_uri)]
 
 
+def unfinished() -> list[str]:
+    """Ids of runs whose metrics wait on this machine and whose command has not ended, or was killed."""
+    found = {path.stem.removeprefix("mlflow-") for path in spool.folder().glob("mlflow-*.jsonl")}
+    return sorted(found - {run.run_id for run in missed()})
+
+
 def deliver(run: Missed, outcome: Mapping[str, Any] | None) -> None:
     """Send what MLflow missed of a run: its metrics, in order and once, and how it ended.
 
@@ -407,7 +417,7 @@ def deliver(run: Missed, outcome: Mapping[str, Any] | None) -> None:
         MlflowException: the server refuses.
         OSError: it went away again.
     """
-    _answers(run.tracking_uri)
+    answers(run.tracking_uri)
     client = MlflowClient(run.tracking_uri)
     client.get_run(run.run_id)
     MLflowSink(run.tracking_uri, run.run_id).close()

@@ -396,7 +396,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss and metric over all workers."""
+        """Held-out loss and metric over all workers.
+
+        Raises:
+            NonFiniteError: they are no numbers.
+        """
         self.model.eval()
         mine = range(self.world.rank, len(self.task.held_out), self.world.size)
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
@@ -414,6 +418,12 @@ class Trainer:
         result = {"held_out_loss": total[0] / total[1]}
         if self.task.metric != "held_out_loss":
             result[self.task.metric] = self.task.metric_value(total)
+        if not all(map(math.isfinite, result.values())):
+            found = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result.items())
+            raise NonFiniteError(
+                f"after step {self.step}: {found}; the last checkpoint is kept; lower optimizer.lr "
+                f"(now {self.recipe.optimizer.lr})"
+            )
         self.evaluations.append({"step": self.step, **result})
         statistics, warnings = self.monitors.evaluation(self.step, result[self.task.metric])
         if self.world.rank == 0:

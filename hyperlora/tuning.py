@@ -36,11 +36,12 @@ import pyarrow.fs
 import ray
 import torch
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from hyperlora import checkpoint, runs, storage, training
-from hyperlora.config import Recipe, parse
+from hyperlora.config import Problem, Recipe, RecipeError, parse
 from hyperlora.sampling import Objective, Proposals, Values
 from hyperlora.search import (
     DIVERGED,
@@ -50,9 +51,11 @@ from hyperlora.search import (
     drop_checkpoints,
     only_process,
     recorded,
+    tidy,
     write,
 )
 from hyperlora.stopping import NonFiniteError, Notice, TerminatedError
+from hyperlora.storage import patiently
 from hyperlora.training import RunInfo, Silent
 
 VALUES, REPORTS, STOPPED = "values.json", "reports.json", "stopped.json"
@@ -115,9 +118,8 @@ def reports(trial: Trial) -> list[dict[str, float]]:
 
 def known(search: Search) -> list[Trial]:
     """Trials that earlier runs of the search started, in that order."""
-    fs, root = storage.filesystem(search.uri)
-    fs.invalidate_cache()
-    names = sorted(path.rsplit("/", 2)[1] for path in fs.glob(f"{root}/trials/*/{VALUES}"))
+    storage.filesystem(search.uri)[0].invalidate_cache()
+    names = [path.split("/")[1] for path in patiently(storage.glob, search.uri, f"trials/*/{VALUES}")]
     return [search.make(name, runs.read(f"{search.uri}/trials/{name}", VALUES)) for name in names]
 
 
@@ -165,7 +167,11 @@ def run(
             waiting.append(trial)
             continue
         past += 1
-        _tell(proposals, search, result)
+        try:
+            _tell(proposals, search, result)
+        except ValueError as error:
+            allowed = f"a space that holds the points of the trials in {search.uri}, or another --out ({error})"
+            raise RecipeError([Problem("--space", trial.key, allowed)]) from error
         _replay(scheduler, result)
         over(result)
     if past >= search.count:
@@ -204,9 +210,11 @@ def run(
                     verbose=0,
                 ),
             ).fit()
+        except TuneError as error:
+            # Of the driver: those of trials are told as theirs.
+            raise RuntimeError(f"the search ended: {_why(str(error))}; the same command goes on") from error
         finally:
-            if fs.exists(scratch):
-                fs.rm(scratch, recursive=True)
+            tidy(f"{search.uri}/ray")
     for trial in driver.stopped:
         drop_checkpoints(trial.uri)
 

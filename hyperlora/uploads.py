@@ -178,6 +178,8 @@ class Uploader:
 
     def _prune(self) -> None:
         try:
+            # The commit may have taken so long that somebody else has the run by now, and is writing into it.
+            self._still_owner()
             checkpoint.prune(self._uri, self._keep, self.refused)
         except StorageError as error:
             logger.warning("old checkpoints stay until the next one is written: %s", error)

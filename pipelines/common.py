@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import shlex
 from argparse import Namespace
@@ -14,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from hyperlora import storage, uris
+from hyperlora import ownership, storage, uris
 from hyperlora.config import Problem, Recipe, RecipeError, apply_overrides, parse, read_yaml
 from hyperlora.ownership import Lease, OwnedElsewhereError
 from hyperlora.storage import patiently
@@ -93,7 +92,7 @@ def number(option: str, text: str, kind: type, allowed: str, problems: list[Prob
         value = kind(text)
     except ValueError:
         value = 0
-    if not (math.isfinite(value) and 0 < value <= MOST):
+    if not 0 < value <= MOST:  # no NaN, no infinity, and no whole number that is too large for a float
         problems.append(Problem(option, text, allowed))
         value = 0
     return value
@@ -123,6 +122,10 @@ def check_out(out: str | None, problems: list[Problem]) -> None:
         problems.append(Problem("--out", uris.redacted(out), allowed))
 
 
+#: This process's claims to folders of searches on a store, by folder.
+_claims: dict[str, str] = {}
+
+
 @contextmanager
 def owned(out: str, what: str) -> Iterator[None]:
     """The folder of a search, for this command alone.
@@ -139,8 +142,23 @@ def owned(out: str, what: str) -> Iterator[None]:
         raise RecipeError([Problem("--out", out, f"{busy} ({error})")]) from error
     except OSError as error:
         raise RecipeError([Problem("--out", out, f"a writable folder ({error.strerror or error})")]) from error
-    with lock:
-        yield
+    if isinstance(lock, Lease):
+        _claims[out] = lock.owner
+    try:
+        with lock:
+            yield
+    finally:
+        _claims.pop(out, None)
+
+
+def check_owned(out: str) -> None:
+    """Find out whether a folder that :func:`owned` gave us is still ours: a process that slept may have lost it.
+
+    Raises:
+        ReplacedError: another command has it.
+    """
+    if out in _claims:
+        patiently(ownership.check, out, _claims[out])
 
 
 def _locked(folder: Path) -> IO[str]:

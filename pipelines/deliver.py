@@ -25,7 +25,11 @@ def main(args: Namespace, console: Console) -> int:
             said = "delivered" if error is None else f"still waits: {error}"
             style = "green" if error is None else "yellow"
             console.print(Text(f"MLflow run {run.run_id} in {run.tracking_uri}: {said}", style), soft_wrap=True)
-    if not waiting:
+    others = tracking.unfinished()
+    for run_id in others:
+        said = "has metrics waiting; the command that is at work on it sends them, or the one that goes on with it"
+        console.print(Text(f"MLflow run {run_id} {said} (--resume)", "yellow"), soft_wrap=True)
+    if not waiting and not others:
         console.print("nothing waits for MLflow on this machine")
     write_json(args.json, rows)
     return int(any(row["error"] for row in rows))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from argparse import Namespace
 
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from hyperlora import candidates, registry, storage, uris
 from hyperlora.config import MLflowConfig, Problem, RecipeError
@@ -51,7 +53,10 @@ def main(args: Namespace, console: Console) -> int:
     console.print(
         f"from {screens.local(candidate.uri)}, {candidate.parameters:,} parameters", highlight=False, soft_wrap=True
     )
-    console.print(f"hyperlora pull models:/{args.name}@{done.alias} DIR", highlight=False, soft_wrap=True)
+    words = ["hyperlora", "pull", f"models:/{args.name}@{done.alias}", "DIR"]
+    if mlflow.tracking_uri != _default():
+        words += ["--tracking-uri", uris.redacted(mlflow.tracking_uri)]
+    console.print(Text(shlex.join(words)), soft_wrap=True)
     summary = {
         "name": args.name,
         "version": done.version,
@@ -72,7 +77,7 @@ def pull(args: Namespace, console: Console) -> int:
         raise RecipeError(problems)
     folder = storage.absolute(args.folder)
     check_new_folder("DIR", folder)
-    uri = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or MLflowConfig().tracking_uri
+    uri = args.tracking_uri or _default()
     with console.status("fetching"):
         record = registry.pull(uri, args.model, folder)
     base = record["base_model"]
@@ -85,6 +90,11 @@ def pull(args: Namespace, console: Console) -> int:
     )
     write_json(args.json, {k: v for k, v in record.items() if k != "recipe"})
     return 0
+
+
+def _default() -> str:
+    """Where ``pull`` looks without being told."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or MLflowConfig().tracking_uri
 
 
 def _places(*named: tuple[str, str]) -> list[Problem]:

@@ -18,7 +18,8 @@ from hyperlora.comparison import Record
 from hyperlora.config import Recipe, first_line
 from hyperlora.fingerprint import recipe_fingerprint
 from hyperlora.search import Result, Trial, run
-from hyperlora.storage import patiently
+from hyperlora.storage import StorageError, patiently
+from pipelines.common import check_owned
 from pipelines.progress import TrialsProgress
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,10 @@ class Seldom:
 
     def __call__(self) -> None:
         if (began := time.monotonic()) >= self._next:
-            self._call()
+            try:
+                self._call()
+            except StorageError as error:
+                logger.warning("the partial result could not be written, the trials go on: %s", error)
             self._next = began + 10 * (time.monotonic() - began)
 
 
@@ -184,7 +188,12 @@ def tracked_trials(
 def write_result(
     out: str, stem: str, result: Mapping[str, Any], page: str, rows: Sequence[Mapping[str, Any]] | None = None
 ) -> None:
-    """Write a result as ``stem.json`` and ``stem.html``, and its trials as ``trials.csv`` and ``trials.parquet``."""
+    """Write a result as ``stem.json`` and ``stem.html``, and its trials as ``trials.csv`` and ``trials.parquet``.
+
+    Raises:
+        ReplacedError: another command has the folder by now.
+    """
+    check_owned(out)
     files = {
         f"{stem}.json": (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(),
         f"{stem}.html": page.encode(),

@@ -28,6 +28,7 @@ from pipelines import screens
 from pipelines.common import (
     MOST,
     check_out,
+    check_owned,
     command_line,
     gathered,
     load_recipe,
@@ -286,6 +287,7 @@ def _run(tuned: Tuning, console: Console, verbose: bool, log: Log) -> dict[str, 
         )
 
     def started(trial: Trial, at_once: int) -> None:
+        check_owned(tuned.options.out)
         running[trial.name] = trial
         progress.concurrency = at_once
         show()
@@ -308,6 +310,9 @@ def _run(tuned: Tuning, console: Console, verbose: bool, log: Log) -> dict[str, 
         _write(tuned, done, running)
         raise
     else:
+        if len(done) < tuned.plan["trials"]:
+            console.print(f"the space has no more than {len(done)} points that the sampler finds", soft_wrap=True)
+            tuned.plan["trials"] = len(done)
         return _write(tuned, done, running)
     finally:
         progress.close()

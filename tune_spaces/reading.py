@@ -24,7 +24,11 @@ def read_space(name: str) -> Space:
     if name in SHIPPED:
         return SHIPPED[name]
     path = Path(name)
-    if path.suffix not in (".py", ".yaml", ".yml") or not path.is_file():
+    try:
+        good = path.suffix in (".py", ".yaml", ".yml") and path.is_file()
+    except OSError:  # too long a name
+        good = False
+    if not good:
         raise RecipeError([Problem("--space", name, f"a YAML or Python file, or one of: {', '.join(SHIPPED)}")])
     try:
         return _from_python(path) if path.suffix == ".py" else Space.model_validate(read_yaml(path))

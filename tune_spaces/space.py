@@ -147,6 +147,12 @@ class Space(Section):
             if not needs.get(section, True):
                 field = f"--space {self.name}: {parameter.key}"
                 problems.append(Problem(field, recipe.method, f"a method that has {section}; this one has not"))
+            now = _at(recipe, parameter.key)
+            number = now is None or (isinstance(now, int | float) and not isinstance(now, bool))
+            if isinstance(now, BaseModel) or not (number or parameter.choices):
+                shown = "a section" if isinstance(now, BaseModel) else now
+                allowed = "a key that holds a number; for a key that holds something else, choices"
+                problems.append(Problem(f"--space {self.name}: {parameter.key}", shown, allowed))
         if problems:
             raise RecipeError(problems)
         excess = estimate.rank_initial - estimate.rank_target

@@ -14,8 +14,10 @@ from conftest import small_recipe
 from mlflow import MlflowClient
 
 from hyperlora import storage
-from hyperlora.ownership import Lease
+from hyperlora.ownership import Lease, ReplacedError
 from pipelines.cli import main
+from pipelines.common import owned
+from pipelines.searching import write_result
 
 STORE = "s3://bucket/runs"
 FIELD = """baseline: ada
@@ -35,6 +37,16 @@ def bucket() -> Iterator[None]:
         ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
+
+
+def test_a_command_that_lost_its_folder_writes_no_more(bucket: None) -> None:
+    out = f"{STORE}/lost"
+    with owned(out, "search"):
+        write_result(out, "tune", {"first": True}, "")
+        storage.write(f"{out}/owners/00000009-00000000.json", storage.pack_json({}))
+        with pytest.raises(ReplacedError, match="taken over by another process"):
+            write_result(out, "tune", {"first": False}, "")
+    assert json.loads(storage.read(f"{out}/tune.json")) == {"first": True}
 
 
 @pytest.mark.parametrize(

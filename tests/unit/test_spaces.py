@@ -221,6 +221,23 @@ def test_files_that_are_no_spaces(tmp_path: Path) -> None:
             read_space(name)
 
 
+@pytest.mark.parametrize(
+    ("key", "shown"), [("hypernetwork.kind", "attention"), ("pruning", "a section"), ("optimizer", "a section")]
+)
+def test_a_range_needs_a_number(key: str, shown: str) -> None:
+    space = Space(name="wrong", parameters=(Parameter(key=key, low=1, high=2),))
+    with pytest.raises(RecipeError) as error:
+        space.bind(recipe(), estimate())
+    (problem,) = error.value.problems
+    assert (problem.field, problem.value) == (f"--space wrong: {key}", shown)
+    assert "a key that holds a number" in problem.allowed
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(RecipeError, match="a YAML or Python file"):
+        read_space("x" * 300 + ".yaml")
+
+
 def test_spaces_that_do_not_fit_the_recipe() -> None:
     with pytest.raises(RecipeError, match=r"pruning\.interval: got 'lora'; a method that has pruning"):
         bound("pruning", method="lora")

@@ -103,6 +103,9 @@ def test_listing_and_removing(tmp_path: Path) -> None:
     assert storage.tree(f"{tmp_path}/run") == {"a": 1, "b/c": 3, "b/d": 3}
     assert storage.tree(f"{tmp_path}/none") == {}
     assert storage.glob(str(tmp_path), "r*/b/*") == ["run/b/c", "run/b/d"]
+    for name in ("odd[ab]", "odd?", "odd*"):  # names, no patterns
+        storage.write(f"{tmp_path}/{name}/run/c", b"x")
+        assert storage.glob(f"{tmp_path}/{name}", "r*/c") == ["run/c"]
     storage.remove(f"{tmp_path}/run/b/c")
     assert storage.exists(f"{tmp_path}/run/b")
     storage.remove(f"{tmp_path}/run/b/d")

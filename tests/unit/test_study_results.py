@@ -231,6 +231,19 @@ def test_the_best_of_many_equal_points_does_not_beat_lora_by_luck(monkeypatch: p
     assert np.mean(naive) > 0.008, "what the best mean itself would claim"
 
 
+@pytest.mark.parametrize("missing", [[(1, 2), (0, 1)], [(1, 1)], [(0, 2), (1, 2)]])
+def test_trials_that_are_missing_crosswise_do_not_end_a_study(missing: list[tuple[int, int]]) -> None:
+    """Of two points and two seeds each; the report of what is there can always be made."""
+    there = [(n, s) for n in (0, 1) for s in (1, 2) if (n, s) not in missing]
+    records = [lora(0, 0.1), *(lora(s, 0.7) for s in (1, 2)), *(point(n, s, 0.8) for n, s in there)]
+    result = analyse(records, plan(points=GRID[:2], seeds=[1, 2]))
+    assert {p["point"]: p["n"] for p in result["points_measured"]} == {
+        n: [m for m, _ in there].count(n) for n, _ in there
+    }
+    # Crosswise, no seed can judge what the other one chose.
+    assert (result["dynamic_rank"] is None) == (missing == [(1, 2), (0, 1)])
+
+
 def test_for_a_loss_less_is_better() -> None:
     records = [point(n, s, 0.5) for n in range(len(GRID)) for s in SEEDS]
     for r in records:
