@@ -125,6 +125,16 @@ def test_what_a_run_that_has_ended_could_not_send_is_sent_later(
     assert not list(spool.folder().glob("mlflow-*"))
 
 
+def test_metrics_of_a_driver_that_was_killed_are_not_passed_over(capsys: pytest.CaptureFixture) -> None:
+    waiting = spool.Spool(spool.folder() / "mlflow-killed.jsonl")
+    waiting.add({"kind": "step", "step": 1})
+    try:
+        assert main(["deliver"]) == 0
+        assert "MLflow run killed has metrics waiting" in " ".join(capsys.readouterr().out.split())
+    finally:
+        waiting.remove(1)
+
+
 def test_training_goes_on_while_the_server_is_away(recipe_file: Path, tmp_path: Path, server: Server) -> None:
     stopped = stop_once_a_loss_is_there(server)
 
