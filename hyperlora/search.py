@@ -33,7 +33,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from hyperlora import runs, storage, training, warm_start
 from hyperlora.config import Recipe, StorageConfig, parse
-from hyperlora.stopping import NonFiniteError, Notice, TerminatedError
+from hyperlora.stopping import NonFiniteError, Notice
 from hyperlora.storage import StorageError, patiently
 from hyperlora.training import RunInfo, Silent
 
@@ -114,7 +114,10 @@ def run(
         return
     settings = recipe.ray.model_copy(update={"num_workers": concurrency})
     rows = share_rows(recipe)
-    with cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False), Notice() as notice:
+    with (
+        cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False),
+        Notice(interrupts=True) as notice,
+    ):
         # Processes are kept for the next trial, on a GPU as well: importing everything costs seconds.
         task = ray.remote(
             max_retries=0, max_calls=0, num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker
@@ -135,8 +138,7 @@ def run(
                     return
                 over: list[Any] = []
                 while not over:
-                    if notice.given():
-                        raise TerminatedError
+                    notice.check()
                     over, _ = ray.wait(list(running), num_returns=1, timeout=1)
                 (ready,) = over
                 trial = running.pop(ready)

@@ -43,31 +43,49 @@ class Notice:
     """Within its ``with`` block SIGTERM ends nothing: it makes :meth:`given` true.
 
     Signals reach the main thread alone: in another thread, as in a trial of Ray Tune, the block changes nothing.
+
+    Args:
+        interrupts: the same for the first Ctrl-C; the second ends the command at once. An error that comes out of
+            whatever is at work, the import of a C extension say, need not come out as what it was.
     """
 
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self._before: Any = None
-        self._mine = False
+    def __init__(self, *, interrupts: bool = False) -> None:
+        self._numbers = [signal.SIGTERM, *([signal.SIGINT] if interrupts else [])]
+        self._before: dict[int, Any] = {}
+        self._taken: int | None = None
 
     def given(self) -> bool:
-        """Whether SIGTERM has come."""
-        return self._event.is_set()
+        """Whether a signal has come."""
+        return self._taken is not None
+
+    def check(self) -> None:
+        """Raise what the signal would have raised, if one has come.
+
+        Raises:
+            TerminatedError: it was SIGTERM.
+            KeyboardInterrupt: it was Ctrl-C.
+        """
+        if self._taken is not None:
+            raise TerminatedError if self._taken == signal.SIGTERM else KeyboardInterrupt
 
     def __enter__(self) -> Notice:
-        self._mine = threading.current_thread() is threading.main_thread()
-        if self._mine:
-            self._before = signal.signal(signal.SIGTERM, self._take)
+        if threading.current_thread() is threading.main_thread():
+            for number in self._numbers:
+                # What is started in the background ignores Ctrl-C, and goes on to.
+                if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._take)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._mine:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self._event.set()
+        self._taken = number
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
 
 
 class NonFiniteError(RuntimeError):

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# Ray Tune reads these when it is imported: nothing but our own files is written, and Ctrl-C ends the search at once.
+# Ray Tune reads these when it is imported: nothing but our own files is written, and Ctrl-C is taken by our Notice.
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
@@ -54,7 +54,7 @@ from hyperlora.search import (
     tidy,
     write,
 )
-from hyperlora.stopping import NonFiniteError, Notice, TerminatedError
+from hyperlora.stopping import NonFiniteError, Notice
 from hyperlora.storage import patiently
 from hyperlora.training import RunInfo, Silent
 
@@ -181,7 +181,7 @@ def run(
         # Tune's new output prints tables whatever its verbosity is.
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     rows = share_rows(recipe) if trainable is None else ""
-    with cluster(recipe, verbose, dashboard=settings.most > 1), Notice() as notice:
+    with cluster(recipe, verbose, dashboard=settings.most > 1), Notice(interrupts=True) as notice:
         most = _capacity(recipe)
         at_once = max(1, min(most, search.concurrency or most))
         driver = _Driver(search, proposals, waiting, lambda trial: started(trial, at_once), over, notice)
@@ -297,8 +297,7 @@ class _Driver(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         # Here, where nothing is half done: an exception of a signal would come out of whatever is at work.
-        if self._notice.given():
-            raise TerminatedError
+        self._notice.check()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._started(self._running[trial.config["name"]])
