@@ -164,9 +164,11 @@ def main() -> None:
         f"{result['checkpoints']} checkpoints of {result['checkpoint_bytes'] / 2**20:.1f} MiB: stall "
         f"{1000 * result['stall_seconds']['mean']:.1f} ms each (most {1000 * result['stall_seconds']['most']:.1f} ms), "
         f"{100 * result['stall_share_every_30_s']:.3f} % of the time with one every 30 s; upload "
-        f"{result['upload_seconds']:.2f} s, steps during it {result.get('step_seconds_during_upload')} s, otherwise "
-        f"{result.get('step_seconds_otherwise')} s"
+        f"{result['upload_seconds']:.2f} s"
     )
+    if "step_seconds_otherwise" in result:
+        during, otherwise = result["step_seconds_during_upload"], result["step_seconds_otherwise"]
+        print(f"steps during an upload {during} s, otherwise {otherwise} s")
     if args.json:
         write_json(args.json, result | provenance())
 
