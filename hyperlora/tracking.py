@@ -297,7 +297,7 @@ def answers(uri: str) -> None:
             socket.create_connection((place.hostname, place.port), timeout=10).close()
     except urllib.error.HTTPError:
         return  # it answered
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, ValueError) as error:
         raise RecipeError([Problem("mlflow.tracking_uri", uri, f"a reachable server or database ({error})")]) from error
 
 
