@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import yaml
 from conftest import small_recipe
 from mlflow import MlflowClient
+from searches import finished, interrupted, kill, wait_for
 
 from pipelines.cli import main
 
@@ -54,11 +50,6 @@ def compare(command: list[str], out: Path, *more: str) -> dict[str, Any]:
     result = json.loads(summary.read_text())
     assert json.loads((out / "comparison.json").read_text())["contestants"] == result["contestants"]
     return result
-
-
-def finished(out: Path) -> dict[str, int]:
-    """When every finished trial was finished."""
-    return {p.parent.name: p.stat().st_mtime_ns for p in out.glob("trials/*/result.json")}
 
 
 def exact(result: dict[str, Any]) -> list[Any]:
@@ -134,12 +125,8 @@ def test_stopped_killed_and_taken_up_again(whole: tuple[list[str], Path, dict[st
     command, _, result = whole
     out = tmp_path / "out"
     arguments = [sys.executable, "-m", "pipelines.cli", *command, "--out", str(out)]
-    deadline = time.monotonic() + 800
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while not finished(out):
-            assert process.poll() is None
-            assert time.monotonic() < deadline, "no trial in minutes"
-            time.sleep(0.05)
+        wait_for(process, lambda: finished(out))
         process.terminate()
         message = process.communicate(timeout=120)[1]
     assert process.returncode == 143, message
@@ -150,18 +137,9 @@ def test_stopped_killed_and_taken_up_again(whole: tuple[list[str], Path, dict[st
     stopped = finished(out)
     process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
-        while not (len(finished(out)) > len(stopped) and interrupted(out)):
-            assert process.poll() is None
-            assert time.monotonic() < deadline, "not halfway in minutes"
-            time.sleep(0.01)
+        wait_for(process, lambda: len(finished(out)) > len(stopped) and interrupted(out))
     finally:
-        family = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGKILL)
-        # Ray ends its processes when their driver is gone; a trial of a second would have finished before.
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait()
+        kill(process)
     partial = json.loads((out / "comparison.json").read_text())
     assert not partial["complete"]
     assert "ada-seed1 (rate open)" in partial["missing"] or any(m.startswith("ada-lr") for m in partial["missing"])
@@ -174,19 +152,6 @@ def test_stopped_killed_and_taken_up_again(whole: tuple[list[str], Path, dict[st
     for name, seconds in checkpoints.items():
         times = json.loads((out / "trials" / name / "result.json").read_text())["step_seconds"]
         assert times[: len(seconds)] == seconds, "an interrupted trial goes on from its newest checkpoint"
-
-
-def interrupted(out: Path) -> dict[str, list[float]]:
-    """Unfinished trials that have a checkpoint: the times of its steps."""
-    found = {}
-    for marker in sorted(out.glob("trials/*/checkpoints/*/COMMIT")):
-        if not (marker.parents[2] / "result.json").exists():
-            try:
-                content = json.loads((marker.parent / "trainer.json").read_text())
-            except FileNotFoundError:  # an old one that the running trial has just removed
-                continue
-            found[marker.parents[2].name] = content["step_seconds"]
-    return found
 
 
 @pytest.mark.usefixtures("cluster")

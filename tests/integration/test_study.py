@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import yaml
 from conftest import small_recipe
 from mlflow import MlflowClient
 from safetensors import safe_open
+from searches import finished, hear_ctrl_c, wait_for
 
 from pipelines.cli import main
 
@@ -34,10 +34,6 @@ def prepare(folder: Path, **recipe: Any) -> list[str]:
     (folder / "small.yaml").write_text(yaml.safe_dump(small_recipe(folder) | recipe), encoding="utf-8")
     options = ["--space", "smoke", "--seeds", "2", "--lora-lrs", "0.02", "--metric", "held_out_loss"]
     return ["study", str(folder / "small.yaml"), *options, "--out", str(folder / "out")]
-
-
-def finished(out: Path) -> dict[str, int]:
-    return {p.parent.name: p.stat().st_mtime_ns for p in out.glob("trials/*/result.json")}
 
 
 @pytest.fixture(scope="module")
@@ -139,15 +135,9 @@ def test_all_problems_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> N
 def test_interrupted_it_leaves_a_report_and_goes_on(tmp_path: Path) -> None:
     command = [*prepare(tmp_path), "--seeds", "1"]
     arguments = [sys.executable, "-m", "pipelines.cli", *command]
-    # A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(arguments, **pipes, **heard) as process:
-        deadline = time.monotonic() + 300
-        while not finished(tmp_path / "out"):
-            assert process.poll() is None
-            assert time.monotonic() < deadline, "no trial in minutes"
-            time.sleep(0.05)
+    with subprocess.Popen(arguments, **pipes, preexec_fn=hear_ctrl_c) as process:
+        wait_for(process, lambda: finished(tmp_path / "out"))
         process.send_signal(signal.SIGINT)
         message = process.communicate(timeout=120)[1]
     assert process.returncode == 130, message

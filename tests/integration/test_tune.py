@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import yaml
 from conftest import small_recipe
 from mlflow import MlflowClient
+from searches import finished, hear_ctrl_c, interrupted, kill, wait_for
 
 from pipelines.cli import main
 
 #: Bytes of data of one worker: enough for PyTorch and a small trial.
 MOST_MEMORY = 5 * 2**29
+#: Beside its result, what says that a trial has ended.
+STOPPED = "stopped.json"
 
 
 def prepare(folder: Path, **training: Any) -> list[str]:
@@ -33,12 +32,6 @@ def prepare(folder: Path, **training: Any) -> list[str]:
     (folder / "small.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     options = ["--space", "smoke", "--metric", "held_out_loss", "--out", str(folder / "out")]
     return ["tune", str(folder / "small.yaml"), *options]
-
-
-def finished(out: Path) -> dict[str, int]:
-    """When every trial that needs no more work ended."""
-    names = ("result.json", "stopped.json")
-    return {p.parent.name: p.stat().st_mtime_ns for name in names for p in out.glob(f"trials/*/{name}")}
 
 
 def tune(command: list[str], folder: Path) -> dict[str, Any]:
@@ -61,9 +54,9 @@ def test_trials_are_stopped_early_and_the_best_is_kept(tmp_path: Path) -> None:
     outcome = json.loads((tmp_path / f"out/trials/{best['trial']}/result.json").read_text())
     assert outcome["held_out_loss_after"] == best["metric"]
     assert "<svg" in (tmp_path / "out/tune.html").read_text()
-    before = finished(tmp_path / "out")
+    before = finished(tmp_path / "out", STOPPED)
     again = tune([*prepare(tmp_path), "mlflow.enabled=true", "--trials", "7"], tmp_path)
-    assert before.items() <= finished(tmp_path / "out").items(), "what has ended is not repeated"
+    assert before.items() <= finished(tmp_path / "out", STOPPED).items(), "what has ended is not repeated"
     assert len(again["measured"]) == 7
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("hyperlora").experiment_id], max_results=100)
@@ -79,11 +72,6 @@ def test_trials_are_stopped_early_and_the_best_is_kept(tmp_path: Path) -> None:
     assert {f.path for f in client.list_artifacts(parent.info.run_id)} >= {"tune.html", "tune.json", "trials.parquet"}
 
 
-def hear_ctrl_c() -> None:
-    """A shell that starts the tests in the background has them, and what they start, ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def start(command: list[str]) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "pipelines.cli", *command]
     return subprocess.Popen(words, start_new_session=True, preexec_fn=hear_ctrl_c)
@@ -91,21 +79,8 @@ def start(command: list[str]) -> subprocess.Popen[bytes]:
 
 def wait_for_work(process: subprocess.Popen[bytes], out: Path) -> None:
     """Until a trial more than before has ended and another has a checkpoint."""
-    before, deadline = set(finished(out)), time.monotonic() + 500
-    while not (set(finished(out)) - before and interrupted(out)):
-        assert process.poll() is None
-        assert time.monotonic() < deadline, "no trial in minutes"
-        time.sleep(0.05)
-
-
-def interrupted(out: Path) -> dict[str, list[float]]:
-    """Unfinished trials that have a checkpoint: the times of its steps."""
-    found = {}
-    for marker in sorted(out.glob("trials/*/checkpoints/*/COMMIT")):
-        if (name := marker.parents[2].name) not in finished(out):
-            with contextlib.suppress(FileNotFoundError):  # an old one that the running trial has just removed
-                found[name] = json.loads((marker.parent / "trainer.json").read_text())["step_seconds"]
-    return found
+    before = set(finished(out, STOPPED))
+    wait_for(process, lambda: set(finished(out, STOPPED)) - before and interrupted(out, STOPPED))
 
 
 def test_interrupted_and_killed_it_goes_on(tmp_path: Path) -> None:
@@ -123,17 +98,12 @@ def test_interrupted_and_killed_it_goes_on(tmp_path: Path) -> None:
     try:
         wait_for_work(process, out)
     finally:
-        family = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGKILL)
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait()
-    before, checkpoints = finished(out), interrupted(out)
+        kill(process)
+    before, checkpoints = finished(out, STOPPED), interrupted(out, STOPPED)
     assert len(before) >= 2
     assert checkpoints
     result = tune(command, tmp_path)
-    assert before.items() <= finished(out).items(), "finished trials are not repeated"
+    assert before.items() <= finished(out, STOPPED).items(), "finished trials are not repeated"
     assert len(result["measured"]) == 5
     assert result["counts"]["finished"] == 5
     for name, seconds in checkpoints.items():
