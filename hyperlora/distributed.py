@@ -39,7 +39,7 @@ from hyperlora.adapters import load_tokenizer
 from hyperlora.capacity import Node
 from hyperlora.config import Problem, Recipe, RecipeError, first_line, parse
 from hyperlora.stopping import NonFiniteError, Notice, NotStoredError, StoppedError, terminable
-from hyperlora.storage import StorageError, patiently
+from hyperlora.storage import StorageError
 from hyperlora.tasks import build_task, shared_rows
 from hyperlora.training import RunInfo, Sink, Tee, World
 
@@ -347,10 +347,7 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
             over.set()
             follower.join()
             orderer.join()
-            try:
-                patiently(storage.remove_tree, f"{info.uri}/ray")
-            except StorageError as error:
-                logger.warning("Ray's own records stay: %s", error)
+            storage.tidy(f"{info.uri}/ray")
         if failures:
             raise failures[0]
 

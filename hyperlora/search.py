@@ -34,7 +34,7 @@ from ray.exceptions import RayError, RayTaskError
 from hyperlora import runs, storage, training, warm_start
 from hyperlora.config import Recipe, StorageConfig, parse
 from hyperlora.stopping import NonFiniteError, Notice
-from hyperlora.storage import StorageError, patiently
+from hyperlora.storage import patiently
 from hyperlora.training import RunInfo, Silent
 
 logger = logging.getLogger(__name__)
@@ -220,15 +220,7 @@ def _train(content: dict[str, Any], uri: str, rows: str) -> None:
 
 def drop_checkpoints(uri: str) -> None:
     """Remove what served to go on after a kill."""
-    tidy(f"{uri}/checkpoints")
-
-
-def tidy(uri: str) -> None:
-    """Delete a folder that nobody needs any more; where that fails it stays."""
-    try:
-        patiently(storage.remove_tree, uri)
-    except StorageError as error:
-        logger.warning("what is not needed any more stays: %s", error)
+    storage.tidy(f"{uri}/checkpoints")
 
 
 @contextmanager

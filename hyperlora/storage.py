@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -22,6 +23,8 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -381,3 +384,11 @@ def remove_tree(uri: str) -> None:
                     shutil.rmtree(path)  # fsspec's fails when this process's own folder is gone
                 else:
                     fs.rm(path, recursive=True)
+
+
+def tidy(uri: str) -> None:
+    """Delete a folder that nobody needs any more; where that fails it stays, with a warning."""
+    try:
+        patiently(remove_tree, uri)
+    except StorageError as error:
+        logger.warning("what is not needed any more stays: %s", error)

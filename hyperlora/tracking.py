@@ -399,7 +399,7 @@ def missed(tracking_uri: str | None = None) -> list[Missed]:
     return [m for m in found if m is not None and tracking_uri in (None, m.tracking_uri)]
 
 
-def unfinished() -> list[str]:
+def undelivered() -> list[str]:
     """Ids of runs whose metrics wait on this machine and whose command has not ended, or was killed."""
     found = {path.stem.removeprefix("mlflow-") for path in spool.folder().glob("mlflow-*.jsonl")}
     return sorted(found - {run.run_id for run in missed()})

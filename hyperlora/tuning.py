@@ -51,7 +51,6 @@ from hyperlora.search import (
     drop_checkpoints,
     only_process,
     recorded,
-    tidy,
     write,
 )
 from hyperlora.stopping import NonFiniteError, Notice
@@ -214,7 +213,7 @@ def run(
             # Of the driver: those of trials are told as theirs.
             raise RuntimeError(f"the search ended: {_why(str(error))}; the same command goes on") from error
         finally:
-            tidy(f"{search.uri}/ray")
+            storage.tidy(f"{search.uri}/ray")
     for trial in driver.stopped:
         drop_checkpoints(trial.uri)
 

@@ -25,7 +25,7 @@ def main(args: Namespace, console: Console) -> int:
             said = "delivered" if error is None else f"still waits: {error}"
             style = "green" if error is None else "yellow"
             console.print(Text(f"MLflow run {run.run_id} in {run.tracking_uri}: {said}", style), soft_wrap=True)
-    others = tracking.unfinished()
+    others = tracking.undelivered()
     for run_id in others:
         said = "has metrics waiting; the command that is at work on it sends them, or the one that goes on with it"
         console.print(Text(f"MLflow run {run_id} {said} (--resume)", "yellow"), soft_wrap=True)
