@@ -78,8 +78,8 @@ def command(recipe_file: Path, server: Server, *more: str) -> list[str]:
     return ["train", str(recipe_file), *changes, "training.steps=200", "training.checkpoint_every=50", *more]
 
 
-def stop_once_a_loss_is_there(server: Server) -> threading.Thread:
-    """Stops the server in the middle of a run; the thread ends when it is stopped."""
+def stop_once_a_loss_is_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> threading.Thread:
+    """Stops the server in the middle of a run, which waits for that; the thread ends when it is stopped."""
     client = MlflowClient(server.uri)
 
     def interrupt() -> None:
@@ -88,15 +88,28 @@ def stop_once_a_loss_is_there(server: Server) -> threading.Thread:
         server.stop()
 
     thread = threading.Thread(target=interrupt)
+    step = MLflowSink.step
+
+    def waiting(sink: MLflowSink, number: int, metrics: dict[str, float]) -> None:
+        if number == 100:
+            thread.join(120)
+        step(sink, number, metrics)
+
+    monkeypatch.setattr(MLflowSink, "step", waiting)
     thread.start()
     return thread
 
 
 @pytest.mark.parametrize("how", ["deliver", "train"])
 def test_what_a_run_that_has_ended_could_not_send_is_sent_later(
-    recipe_file: Path, tmp_path: Path, server: Server, how: str, capsys: pytest.CaptureFixture
+    recipe_file: Path,
+    tmp_path: Path,
+    server: Server,
+    how: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    thread, summary = stop_once_a_loss_is_there(server), tmp_path / "summary.json"
+    thread, summary = stop_once_a_loss_is_there(server, monkeypatch), tmp_path / "summary.json"
     assert main(command(recipe_file, server, "--json", str(summary))) == 0
     thread.join()
     assert "MLflow was away; hyperlora deliver sends what it missed" in " ".join(capsys.readouterr().out.split())
@@ -135,8 +148,10 @@ def test_metrics_of_a_driver_that_was_killed_are_not_passed_over(capsys: pytest.
         waiting.remove(1)
 
 
-def test_training_goes_on_while_the_server_is_away(recipe_file: Path, tmp_path: Path, server: Server) -> None:
-    stopped = stop_once_a_loss_is_there(server)
+def test_training_goes_on_while_the_server_is_away(
+    recipe_file: Path, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = stop_once_a_loss_is_there(server, monkeypatch)
 
     def bring_back() -> None:
         stopped.join()
