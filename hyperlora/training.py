@@ -339,6 +339,7 @@ class Trainer:
         self.model = build_model(recipe, self.tokenizer, self.task.num_labels, world.device, self.total_steps)
         if recipe.method == "eva":
             redistribute_ranks(self.model, recipe, self.task, self._first_rows(), world.device)
+        self.model.train()  # a loaded model comes in evaluation mode: without dropout and recomputed activations
         self.optimizer = build_optimizer(recipe, self.model, self.total_steps, world)
         factor = lambda step: schedule_factor(recipe.optimizer, step, self.total_steps)  # noqa: E731
         self.scheduler = LambdaLR(self.optimizer, factor)

@@ -9,15 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hyperlora import checkpoint
 from pipelines.cli import main
 
 STEPS = 60
+# A model that is loaded comes in evaluation mode, and this one has a dropout of its own.
+PRETRAINED = ("model.path=builtin:storylm", "model.init=pretrained", "model.config.attention_dropout=0.2")
 
 
 def command(recipe: Path, *more: str) -> list[str]:
@@ -63,8 +68,10 @@ def adapters_equal(first: str, second: str) -> bool:
         ("method=hyperadalora", "adapter.factorization=triplet", "gamma=0.1", "pruning.score=adalora"),
         ("method=adalora", "gamma=0.1"),
         ("method=dylora",),
+        (*PRETRAINED, "method=hyperadalora"),
+        (*PRETRAINED, "method=dylora"),
     ],
-    ids=["reanchored", "triplets", "adalora", "dylora"],
+    ids=["reanchored", "triplets", "adalora", "dylora", "pretrained", "pretrained-dylora"],
 )
 def test_killed_run_resumes_to_the_same_adapter(recipe_file: Path, changes: tuple[str, ...]) -> None:
     changes = (*changes, "adapter.dropout=0.1")
@@ -75,6 +82,30 @@ def test_killed_run_resumes_to_the_same_adapter(recipe_file: Path, changes: tupl
     assert (resumed["loss_last"], resumed["metric_after"]) == (whole["loss_last"], whole["metric_after"])
     assert resumed["ranks"] == whole["ranks"]
     assert adapters_equal(whole["adapter"], resumed["adapter"])
+
+
+def test_a_run_trains_alike_whether_the_base_model_was_evaluated_or_not(recipe_file: Path) -> None:
+    changes = (*PRETRAINED, "training.steps=3", "training.checkpoint_every=null")
+    losses = [run(recipe_file, *changes, f"training.eval_before={before}")["loss_last"] for before in ("true", "false")]
+    assert losses[0] == losses[1]
+    assert losses[0] != run(recipe_file, *changes, "model.config.attention_dropout=0")["loss_last"]
+
+
+def test_activations_are_recomputed_from_the_first_step(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = 0
+    forward = LlamaAttention.forward
+
+    def counted(layer: LlamaAttention, *arguments: Any, **options: Any) -> Any:
+        nonlocal passes
+        passes += torch.is_grad_enabled()
+        return forward(layer, *arguments, **options)
+
+    monkeypatch.setattr(LlamaAttention, "forward", counted)
+    changes = [*PRETRAINED[:2], "training.steps=1", "training.eval_before=false"]
+    run(recipe_file, *changes)
+    kept, passes = passes, 0
+    run(recipe_file, *changes, "model.gradient_checkpointing=true")
+    assert passes == 2 * kept, "each layer once more with gradients, in the backward pass"
 
 
 def test_resume_goes_on_in_the_same_mlflow_run(recipe_file: Path, tmp_path: Path) -> None:
