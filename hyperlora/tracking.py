@@ -335,8 +335,11 @@ def _finish(client: MlflowClient, run_id: str, outcome: Mapping[str, Any]) -> No
     from hyperlora.figures import loss_curve, rank_heat_map  # workers, which import this module, draw nothing
 
     now, step = int(time.time() * 1000), int(outcome["steps"])
-    known = {k: v for k, v in outcome.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    client.log_batch(run_id, metrics=[Metric(f"summary/{k}", float(v), now, step) for k, v in known.items()])
+    known = {
+        f"summary/{k}": float(v) for k, v in outcome.items() if isinstance(v, int | float) and not isinstance(v, bool)
+    }
+    there = client.get_run(run_id).data.metrics  # of an attempt that did not come to its end
+    client.log_batch(run_id, metrics=[Metric(k, v, now, step) for k, v in known.items() if there.get(k) != v])
     client.log_batch(run_id, tags=[RunTag("hyperlora.adapter", outcome["adapter"])])
     client.log_figure(run_id, rank_heat_map(outcome), "rank_heat_map.png")
     client.log_figure(run_id, loss_curve(outcome), "loss_curve.png")

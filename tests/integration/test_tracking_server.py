@@ -100,6 +100,10 @@ def stop_once_a_loss_is_there(server: Server, monkeypatch: pytest.MonkeyPatch) -
     return thread
 
 
+def gone(*arguments: object) -> None:
+    raise ConnectionError("it went away halfway")
+
+
 @pytest.mark.parametrize("how", ["deliver", "train"])
 def test_what_a_run_that_has_ended_could_not_send_is_sent_later(
     recipe_file: Path,
@@ -123,6 +127,10 @@ def test_what_a_run_that_has_ended_could_not_send_is_sent_later(
     assert client.get_run(run_id).info.status == "RUNNING"
     assert 0 < len(history(server, run_id, "loss")) < len(losses)
     if how == "deliver":
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, "log_figure", gone)
+            assert main(["deliver"]) == 1
+        assert "still waits: it went away halfway" in capsys.readouterr().out
         assert main(["deliver"]) == 0
         assert "delivered" in capsys.readouterr().out
     else:
@@ -131,7 +139,7 @@ def test_what_a_run_that_has_ended_could_not_send_is_sent_later(
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert history(server, run_id, "loss") == list(enumerate(losses, 1))
-    assert run.data.metrics["summary/metric_after"] == outcome["metric_after"]
+    assert [value for _, value in history(server, run_id, "summary/metric_after")] == [outcome["metric_after"]]
     assert {"loss_curve.png", "rank_heat_map.png", "result.json"} <= {a.path for a in client.list_artifacts(run_id)}
     assert main(["deliver"]) == 0
     assert "nothing waits" in capsys.readouterr().out
