@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hyperlora.factors import AdaptedModule
 from hyperlora.optimizer import HyperAdaLoRA, Method
-from hyperlora.update_rules import Adam, AdamSettings, copy_state
+from hyperlora.update_rules import Adam, AdamSettings, ParameterAdam, copy_state
 
 if TYPE_CHECKING:  # PEFT takes seconds to import, and whoever reads a recipe imports this file
     from peft import PeftModel
@@ -90,7 +90,9 @@ class UnequalLoRA(torch.optim.Optimizer):
         self.steps_done = 0
         settings = adam or AdamSettings()
         self._adam = Adam([p.detach() for p in self._adapter.values()], settings)
-        self._adam_other = Adam([p.detach() for p in self._other], settings)
+        own = next(iter(self._adapter.values())).dtype
+        self._dtype = own if own.itemsize >= 4 else torch.float32
+        self._adam_other = ParameterAdam(self._other, settings, self._dtype)
         super().__init__(
             [
                 {"params": list(self._adapter.values()), "lr": lr, "name": "factors"},
@@ -138,7 +140,7 @@ class UnequalLoRA(torch.optim.Optimizer):
             self.stats |= {"grad_norm": norm, "found_inf": found_inf}
             count, (factors, other) = len(self._adapter), self.param_groups
             self._adam.step(gradients[:count], factors["lr"], found_inf)
-            self._adam_other.step(gradients[count:], other["lr"], found_inf)
+            self._adam_other.step([g.to(self._dtype) for g in gradients[count:]], other["lr"], found_inf)
             self.steps_done += 1
             self._after_step(found_inf)
         return loss
@@ -279,11 +281,11 @@ class PeftAdaLoRA(UnequalLoRA):
         return {name: sum(self._live(name)) for name in self._layers}
 
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """As for LoRA, with λ in A; a direction lives if its λ is not zero."""
+        """As for LoRA, with λ in A; from the first allocation on a direction lives if its λ is not zero."""
         folded = {}
         for m in self.layout.modules:
             lam = self._layers[m.name].lora_E[ADAPTER].detach()  # type: ignore[index]
-            live = lam[:, 0] != 0
+            live = lam[:, 0] != 0 if self._config.rank_pattern else torch.ones_like(lam[:, 0], dtype=torch.bool)
             folded[m.name] = ((m.a.detach() * lam)[live], m.b.detach()[:, live] * m.scaling)
         return folded
 

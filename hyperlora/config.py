@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from hyperlora.baselines import BASELINES, SINGLE_WORKER
 from hyperlora.hypernetworks import Freeze, HypernetworkSpec, Kind
 from hyperlora.optimizer import METHODS as FACTOR_METHODS
 from hyperlora.optimizer import Factorization, Initialization
-from hyperlora.pruning import BudgetPlan, Pruning, Schedule, Score
+from hyperlora.pruning import BudgetPlan, Pruning, ResolvedPruning, Schedule, Score
 from hyperlora.update_rules import AdamSettings, Direction, Rule, UpdateRule
 
 LARGEST = 2**31 - 1
@@ -176,7 +176,9 @@ class OptimizerConfig(Section):
     trunk_lr: Rate | None = Field(None, description="of the hypernetworks' trunks; null: lr, 0.05 lr for hybrid")
     output_lr: Rate | None = Field(None, description="of their output maps; null: lr, 0.05 lr for hybrid")
     other_lr: Rate | None = Field(None, description="of heads and magnitudes; null: lr")
-    lambda_ratio: Rate = Field(1.0, description="learning rates of λ and H_Λ over those of P, Q, H_P and H_Q")
+    lambda_ratio: Rate = Field(
+        1.0, description="learning rates of λ and H_Λ over those of P, Q, H_P and H_Q; triplets only"
+    )
     betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = Field((0.9, 0.999), description="decay of the moments")
     eps: Rate = Field(1e-8, description="added to the root of the second moment")
     direction: Direction | None = Field(
@@ -195,7 +197,9 @@ class PruningConfig(Section):
 
     schedule: Schedule = Field("interval", description="k values every ΔT steps, AdaLoRA's cubic budget, or none")
     interval: Positive | None = Field(None, description="ΔT, optimizer steps; null: a hundredth of the run")
-    count: NonNegative | None = Field(None, description="k, singular values per event; null: as many as needed")
+    count: NonNegative | None = Field(
+        None, description="k, singular values per event of schedule=interval; null: as many as needed"
+    )
     start: NonNegative | None = Field(None, description="t_init, optimizer steps; null: a tenth of the run")
     final: NonNegative | None = Field(None, description="t_final, optimizer steps; null: two fifths of the run")
     score: Score = Field("smoothed", description="|λ·∂L/∂λ|, its smoothed form, or AdaLoRA's over the triplet")
@@ -357,6 +361,13 @@ class Recipe(Section):
             return float(self.adapter.rank)
         return self.adapter.rank / 2 if self.adapter.target_rank is None else self.adapter.target_rank
 
+    @property
+    def has_lambda(self) -> bool:
+        """Whether λ is updated for itself, with P and Q, and has a learning rate."""
+        method, form = METHODS[self.method], self.adapter.factorization
+        direct = form == "triplet" or (form is None and not method.hypernetwork)
+        return direct and method.singular_values and self.method not in BASELINES
+
     def total_steps(self, train_rows: int) -> int:
         """T, optimizer steps of the run; the last incomplete batch of an epoch is dropped."""
         if self.training.steps is not None:
@@ -364,20 +375,20 @@ class Recipe(Section):
         assert self.training.epochs is not None
         return max(1, int(self.training.epochs * (train_rows // self.training.batch_size)))
 
-    def resolved_pruning(self, total_steps: int) -> Pruning:
+    def resolved_pruning(self, total_steps: int) -> ResolvedPruning:
         """The pruning schedule with every null filled in for a run of ``total_steps``."""
         c = self.pruning
         return Pruning(
             schedule=c.schedule,
-            interval=c.interval or max(1, total_steps // 100),
+            interval=c.interval,
             count=c.count,
-            start=total_steps // 10 if c.start is None else c.start,
-            final=2 * total_steps // 5 if c.final is None else c.final,
+            start=c.start,
+            final=c.final,
             score="adalora" if self.method == "peft-adalora" else c.score,  # PEFT has no other
             beta1=c.beta1,
             beta2=c.beta2,
             reactivation=c.reactivation,
-        )
+        ).resolved(total_steps)
 
     def with_absolute_paths(self) -> Recipe:
         """The recipe as it reads from any working directory: relative paths that exist here are made absolute."""
@@ -660,6 +671,15 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
         add("ray.num_workers", r.num_workers, f"1 for method={recipe.method}, which averages no gradients over workers")
     if recipe.pruning.reactivation and METHODS[recipe.method].hypernetwork:
         add("pruning.reactivation", True, f"false for method={recipe.method}: a generated λ cannot be set to 0")
+    if (
+        METHODS[recipe.method].singular_values
+        and recipe.pruning.schedule == "cubic"
+        and recipe.pruning.count is not None
+    ):
+        add("pruning.count", recipe.pruning.count, "null for pruning.schedule=cubic, whose budget sets it")
+    if recipe.optimizer.lambda_ratio != 1 and not recipe.has_lambda:
+        allowed = "1 where no λ is updated for itself: that is in the triplets of methods with singular values"
+        add("optimizer.lambda_ratio", recipe.optimizer.lambda_ratio, allowed)
     if recipe.method == "peft-adalora":
         found += _peft_adalora_problems(recipe)
     if d.source in ("files", "hub"):
@@ -823,7 +843,7 @@ def schedule_problems(recipe: Recipe, total_steps: int, modules: int) -> list[Pr
     initial = modules * recipe.adapter.rank
     if modules == 1:
         # Modules are not counted yet: only check that events fit at all.
-        pruning = Pruning(**{**pruning.__dict__, "count": None})
+        pruning = replace(pruning, count=None)
     try:
         BudgetPlan(pruning, initial, min(initial, max(1, round(recipe.target_rank * modules))), total_steps)
     except ValueError as error:

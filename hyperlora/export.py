@@ -67,7 +67,9 @@ class PlainAdapter:
 
 def plain_adapter(model: PeftModel, optimizer: AdapterOptimizer) -> PlainAdapter:
     """The adapter as the optimizer defines it, scale baked into B, pruned directions dropped."""
-    state = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model).items()}
+    # By itself PEFT asks the hub whether the vocabulary has grown, and would save the base model's embeddings then.
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = {k: v.detach().cpu().clone() for k, v in found.items()}
     if isinstance(optimizer, UnequalLoRA):
         pairs = {name: (a.cpu().contiguous(), b.cpu().contiguous()) for name, (a, b) in optimizer.pairs().items()}
     else:

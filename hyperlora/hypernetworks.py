@@ -49,6 +49,9 @@ class HypernetworkSpec:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"hypernetwork kind {self.kind!r} is unknown; allowed: {', '.join(get_args(Kind))}")
+        for name in ("hidden_size", "heads", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"hypernetwork {name}={getattr(self, name)}; allowed: 1 or more")
 
     @property
     def inner(self) -> int:

@@ -24,13 +24,13 @@ from hyperlora.factors import FactorLayout, Factors, adapted_modules
 from hyperlora.hypernetworks import HypernetworkSpec
 from hyperlora.pruning import BudgetPlan, Pruning, Smoothed, prune_to
 from hyperlora.update_rules import (
-    Adam,
     AdamSettings,
     DirectFactors,
     Direction,
     FactorSource,
     GeneratedFactors,
     LearningRates,
+    ParameterAdam,
     UpdateRule,
     build_networks,
     copy_state,
@@ -198,7 +198,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
 
         owned = {id(p) for m in modules for p in (m.a, m.b)}
         self._other = [p for p in model.parameters() if p.requires_grad and id(p) not in owned]
-        self._adam_other = Adam([p.detach() for p in self._other], self._adam_settings)
+        self._adam_other = ParameterAdam(self._other, self._adam_settings, dtype)
         self._allocate_gradients(dtype, device)
         self._smoothed = self._build_smoothed()
 

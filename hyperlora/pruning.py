@@ -8,7 +8,7 @@ Shape legend: M adapted modules, r directions of each (the initial rank).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
@@ -25,11 +25,12 @@ class Pruning:
     Attributes:
         schedule: ``interval`` zeroes ``count`` values at each event, ``cubic`` follows AdaLoRA's budget,
             ``none`` never prunes.
-        interval: ΔT, optimizer steps between two events.
+        interval: ΔT, optimizer steps between two events; ``None``: a hundredth of the run.
         count: k, singular values zeroed per event over all modules; ``None`` takes the smallest k that reaches
-            the target at the last event.
-        start: t_init, optimizer steps before the first event.
-        final: t_final, optimizer steps after the last event.
+            the target at the last event. The cubic schedule has none.
+        start: t_init, optimizer steps before the first event; ``None``: a tenth of the run, at least 2: at the first
+            step λ is zero and no score tells directions apart.
+        final: t_final, optimizer steps after the last event; ``None``: two fifths of the run.
         score: ``sensitivity`` is |λ·∂L/∂λ| of the step at hand; ``smoothed`` the same with AdaLoRA's running mean
             and uncertainty; ``adalora`` adds the mean smoothed sensitivity of the direction in P and Q.
         beta1: decay of the running mean of the sensitivity.
@@ -39,10 +40,10 @@ class Pruning:
     """
 
     schedule: Schedule = "interval"
-    interval: int = 10
+    interval: int | None = None
     count: int | None = None
-    start: int = 0
-    final: int = 0
+    start: int | None = None
+    final: int | None = None
     score: Score = "smoothed"
     beta1: float = 0.85
     beta2: float = 0.85
@@ -55,8 +56,33 @@ class Pruning:
         ):
             if value not in allowed:
                 raise ValueError(f"pruning {field} {value!r} is unknown; allowed: {', '.join(allowed)}")
-        if self.interval < 1:
+        if self.interval is not None and self.interval < 1:
             raise ValueError(f"pruning interval={self.interval}; allowed: 1 or more optimizer steps")
+        if self.schedule == "cubic" and self.count is not None:
+            raise ValueError(f"pruning count={self.count}; allowed: None for schedule='cubic', which follows a budget")
+
+    def resolved(self, total_steps: int) -> ResolvedPruning:
+        """The same for a run of ``total_steps``, with every ``None`` but the count's filled in."""
+        final = 2 * total_steps // 5 if self.final is None else self.final
+        first = min(max(2, total_steps // 10), max(1, total_steps - final))
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ResolvedPruning(
+            **given
+            | {
+                "interval": max(1, total_steps // 100) if self.interval is None else self.interval,
+                "start": first if self.start is None else self.start,
+                "final": final,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class ResolvedPruning(Pruning):
+    """A schedule in optimizer steps of one run; made by :meth:`Pruning.resolved`."""
+
+    interval: int = 1
+    start: int = 0
+    final: int = 0
 
 
 class BudgetPlan:
@@ -77,7 +103,7 @@ class BudgetPlan:
         if not 0 <= target <= initial:
             raise ValueError(f"target budget {target} is outside 0..{initial}, the initial budget")
         self.initial, self.target = initial, target
-        self._pruning = pruning
+        self._pruning = pruning = pruning.resolved(total_steps)
         self._last = total_steps - pruning.final
         self.events: dict[int, int] = {}
         if pruning.schedule == "none" or target == initial:

@@ -16,7 +16,7 @@ arrive: that is the second stage of the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
@@ -56,8 +56,9 @@ class UpdateRule:
     def __post_init__(self) -> None:
         if self.name not in get_args(Rule):
             raise ValueError(f"update rule {self.name!r} is unknown; allowed: {', '.join(get_args(Rule))}")
-        if self.every < 1:
-            raise ValueError(f"every={self.every}: at least 1 step")
+        for name in ("every", "reanchor_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1 step")
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,34 @@ class Adam:
         """Named moments and step counts, the tensors themselves."""
         named = {"mean": self._mean, "square": self._square, "steps": self._steps}
         return {f"{prefix}.{key}.{n}": t for key, tensors in named.items() for n, t in enumerate(tensors)}
+
+
+class ParameterAdam(Adam):
+    """AdamW of a model's own parameters.
+
+    One of another precision is moved in ``dtype``, and the model has it rounded: a bfloat16 number to which small steps
+    are added stays where it is.
+
+    Args:
+        parameters: on their final device; changed in place.
+        settings: constants of AdamW.
+        dtype: of the gradients.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], settings: AdamSettings, dtype: torch.dtype) -> None:
+        own = [p.detach() for p in parameters]
+        super().__init__([p if p.dtype == dtype else p.to(dtype) for p in own], settings)
+        pairs = [(p, value) for p, value in zip(own, self._tensors, strict=True) if p is not value]
+        self._rounded, self._values = [p for p, _ in pairs], [value for _, value in pairs]
+
+    def step(self, gradients: list[Tensor], lr: float, found_inf: Tensor) -> None:
+        super().step(gradients, lr, found_inf)
+        if self._rounded:
+            torch._foreach_copy_(self._rounded, self._values)
+
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        """Moments, step counts, and what the model has rounded."""
+        return super().state(prefix) | {f"{prefix}.value.{n}": t for n, t in enumerate(self._values)}
 
 
 class FactorAdam:
@@ -396,6 +425,23 @@ class GeneratedFactors:
         return [*self.phi, *(self._base.tensors() if self.rule.name == "hybrid" else [])]
 
 
+def _layers(layout: FactorLayout) -> list[int | None]:
+    """The layers of a model, each of which has as many modules of every shape.
+
+    Raises:
+        ValueError: they differ; their sets of networks are told apart by the modules' order.
+    """
+    layers = list(dict.fromkeys(m.layer for m in layout.modules))
+    for members in [range(len(layout.modules)), *(c.members for c in layout.classes)]:
+        found = [layout.modules[n].layer for n in members]
+        if found != [layer for layer in layers for _ in range(len(found) // len(layers))]:
+            raise ValueError(
+                "per-layer hypernetworks need the same modules in every layer, one layer after another; modules of one "
+                f"shape are in the layers {', '.join(map(str, found))}"
+            )
+    return layers
+
+
 def build_networks(
     layout: FactorLayout,
     spec: HypernetworkSpec,
@@ -418,7 +464,7 @@ def build_networks(
     Raises:
         ValueError: per-layer networks on a model whose layers differ, or ``heads`` that do not divide the hidden size.
     """
-    groups = len({m.layer for m in layout.modules}) if spec.per_layer else 1
+    groups = len(_layers(layout)) if spec.per_layer else 1
     p, lam, q = start if rule.name == "generate" else (0.0, 0.0, 0.0)
     device, dtype = layout.classes[0].buffer.device, layout.classes[0].buffer.dtype
     networks = HypernetworkTriple(

@@ -48,6 +48,8 @@ def test_a_schedule_that_cannot_be_is_told_with_the_rest(recipe_file: Path, refu
         (["cluster.num_workers=0"], "cluster.num_workers: got 0; allowed: a number of at least 1"),
         (["cluster.placement=CLOSE"], "cluster.placement: got 'CLOSE'; allowed: 'PACK', 'SPREAD'"),
         (["pruning.count=1", "pruning.interval=5"], "use count >= 10"),
+        (["pruning.count=1", "pruning.schedule=cubic"], "pruning.count: got 1; null for pruning.schedule=cubic"),
+        (["optimizer.lambda_ratio=2"], "optimizer.lambda_ratio: got 2.0; 1 where no λ is updated for itself"),
         (["pruning.start=19"], "no pruning event fits"),
         (["task.prompt_format=Q"], "must contain {prompt}"),
         (["task.kind=classification"], "data.source=word-problems has rows for generation"),

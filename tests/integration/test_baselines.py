@@ -14,6 +14,7 @@ from hyperlora import checkpoint
 from hyperlora.adapters import build_base, load_tokenizer
 from hyperlora.baselines import PeftAdaLoRA, UnequalLoRA
 from hyperlora.config import Recipe, RecipeError, parse, read_yaml
+from hyperlora.export import from_checkpoint
 from hyperlora.preflight import inspect
 from hyperlora.training import RunInfo, Silent, Trainer, World
 from pipelines.cli import main
@@ -91,6 +92,16 @@ def test_resumes_to_the_same_losses(recipe_file: Path, method: str) -> None:
     losses = [[trainer.train_step(rows).read()["loss"] for _ in range(9)] for trainer in (first, second)]
     assert losses[0] == losses[1]
     assert first.optimizer.ranks() == second.optimizer.ranks()
+
+
+@pytest.mark.parametrize("method", FIELD)
+def test_stopped_before_its_first_step_it_saves_that(recipe_file: Path, method: str) -> None:
+    recipe, uri = recipe_of(recipe_file, method), str(recipe_file.parent / "run")
+    trainer = trainer_of(recipe, uri)
+    trainer.save()
+    saved, _ = checkpoint.load_latest(uri)
+    assert saved is not None
+    assert sum(a.shape[0] for a, _ in from_checkpoint(saved).pairs.values()) == trainer.optimizer.plan.initial
 
 
 @pytest.mark.parametrize("method", FIELD)

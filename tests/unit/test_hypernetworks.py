@@ -202,14 +202,31 @@ def test_heads_must_divide() -> None:
     network(small("mlp", heads=5))
 
 
-def test_layers_that_differ_cannot_have_their_own_networks() -> None:
+@pytest.mark.parametrize(
+    "targets",
+    [
+        r".*(layers\.0\.self_attn\.q_proj|layers\.[01]\.mlp\.up_proj)",
+        # Two modules of one shape for each layer, but not two of each.
+        r".*(layers\.0\.self_attn\.[qkv]_proj|layers\.1\.self_attn\.q_proj)",
+    ],
+)
+def test_layers_that_differ_cannot_have_their_own_networks(targets: str) -> None:
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
     )
-    lora = LoraConfig(r=2, target_modules=r".*(layers\.0\.self_attn\.q_proj|layers\.[01]\.mlp\.up_proj)")
+    lora = LoraConfig(r=2, target_modules=targets)
     layout = FactorLayout(adapted_modules(get_peft_model(model, lora)))
     with pytest.raises(ValueError, match="same modules in every layer"):
         build_networks(layout, small("mlp", per_layer=True), start=(1.0, 0.0, 1.0), rule=UpdateRule(), seed=0)
+
+
+def test_sizes_that_cannot_be() -> None:
+    for changes in ({"heads": 0}, {"layers": 0}, {"hidden_size": 0}):
+        ((name, value),) = changes.items()
+        with pytest.raises(ValueError, match=f"hypernetwork {name}={value}; allowed: 1 or more"):
+            HypernetworkSpec("mlp", **changes)
+    with pytest.raises(ValueError, match="reanchor_every=0: at least 1 step"):
+        UpdateRule("reanchored", reanchor_every=0)
 
 
 def test_unknown_kind() -> None:

@@ -280,6 +280,38 @@ def test_bfloat16_adapters_keep_float32_factors() -> None:
     assert optimizer.layout.modules[0].a.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("method", ["hyperadalora", "adalora", "lora"])
+def test_small_steps_of_a_bfloat16_head_add_up(method: str) -> None:
+    model = build_llama(dtype=torch.bfloat16)
+    head = model.get_base_model().lm_head.weight.requires_grad_()
+    head.data.fill_(1.0)
+    optimizer = build_optimizer(model, method, other_lr=1e-4)
+    for _ in range(STEPS):
+        head.grad = torch.ones_like(head)
+        optimizer.step()
+        optimizer.zero_grad()
+    # Between 1 and a half bfloat16 numbers are 1/256 apart: no step alone reaches the next one.
+    assert torch.equal(head, torch.full_like(head, 1 - 1e-4 * STEPS))
+    # The same goes on from its state.
+    model.get_base_model().lm_head.weight.data.fill_(1.0)
+    again = build_optimizer(model, method, other_lr=1e-4)
+    again.load_state_dict(optimizer.state_dict())
+    for _ in range(STEPS):
+        head.grad = torch.ones_like(head)
+        again.step()
+    assert torch.equal(head, torch.full_like(head, 1 - 2e-4 * STEPS))
+
+
+def test_without_a_schedule_pruning_waits_for_scores() -> None:
+    model = build_llama()
+    optimizer = build_optimizer(model, "hyperadalora", pruning=None, total_steps=100)
+    assert min(optimizer.plan.falls()) == 10
+    assert optimizer.plan.last <= 60
+    for steps in (2, 5, 19):
+        short = build_optimizer(build_llama(), "hyperadalora", pruning=None, total_steps=steps)
+        assert min(short.plan.falls()) == 2, "λ is zero at the first step"
+
+
 def test_a_scheduler_drives_all_rates() -> None:
     optimizer = build_optimizer(build_llama(), trunk_lr=1e-3, output_lr=2e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))

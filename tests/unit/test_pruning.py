@@ -88,6 +88,11 @@ def test_cubic_schedule_reaches_the_target_when_the_interval_does_not_divide() -
     assert plan.events[50] == 20
 
 
+def test_the_cubic_schedule_has_no_count() -> None:
+    with pytest.raises(ValueError, match="count=3; allowed: None for schedule='cubic'"):
+        Pruning("cubic", count=3)
+
+
 def test_no_event_fits() -> None:
     with pytest.raises(ValueError, match="no pruning event fits"):
         BudgetPlan(Pruning(start=30, final=20), initial=4, target=2, total_steps=40)
