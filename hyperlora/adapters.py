@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
@@ -21,9 +22,11 @@ from transformers import (
 
 from hyperlora.config import METHODS, ModelConfig, Problem, Recipe, RecipeError
 from hyperlora.optimizer import GAMMA
-from hyperlora.weights import misfit, read_shapes
+from hyperlora.weights import absent, misfit, read_shapes
 
 BUILTIN = "builtin:"
+#: Heads that PEFT trains and saves for a classification.
+HEADS = ("classifier", "score")
 
 
 def resolve_path(path: str) -> str:
@@ -49,15 +52,19 @@ def model_problems(model: ModelConfig) -> list[Problem]:
     try:
         if not described:
             _check_folder(resolve_path(model.path))
-        load_config(model)
+        config = load_config(model)
     except RecipeError as error:
         return error.problems
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
+    except Exception as error:  # whatever a config that says nonsense leads to
         field, value = ("model.architecture", model.architecture) if described else ("model.path", model.path)
         allowed = "a published config" if described else "a model folder, a hub name, or builtin:NAME"
+        if model.config and not isinstance(error, OSError):
+            field, value, allowed = "model.config", model.config, "settings of the model"
         problems.append(Problem(field, value, f"{allowed} ({_first_lines(error)})"))
         if model.tokenizer is None and not described:
             return problems
+    else:
+        problems += _misspelt(model, config)
     try:
         load_tokenizer(model)
     except RecipeError as error:
@@ -66,6 +73,22 @@ def model_problems(model: ModelConfig) -> list[Problem]:
         field, value = ("model.path", model.path) if model.tokenizer is None else ("model.tokenizer", model.tokenizer)
         problems.append(Problem(field, value, f"a folder or hub name with a tokenizer ({_first_lines(error)})"))
     return problems
+
+
+def _misspelt(model: ModelConfig, config: PretrainedConfig) -> list[Problem]:
+    """Settings that a config takes and no model reads, and that differ from a real one by a slip."""
+    try:
+        known = {*type(config)().to_dict(), *config.attribute_map}
+    except Exception:  # a config of code from the hub that needs more than its defaults
+        return []
+    found = []
+    for section in ("architecture", "config"):
+        for key, value in getattr(model, section).items():
+            close = [] if key in known else difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+            if close:
+                allowed = f"a setting of the model; did you mean {close[0]}?"
+                found.append(Problem(f"model.{section}.{key}", value, allowed))
+    return found
 
 
 def _first_lines(error: Exception) -> str:
@@ -82,8 +105,9 @@ def _check_folder(path: str) -> None:
         raise ValueError("this folder holds an adapter, not a base model")
 
 
-def weight_problems(model: ModelConfig, base: PreTrainedModel) -> list[Problem]:
+def weight_problems(recipe: Recipe, base: PreTrainedModel, num_labels: int | None) -> list[Problem]:
     """Whether a local folder has the weights of ``base``, which may be on the meta device; reads headers only."""
+    model = recipe.model
     folder = Path(resolve_path(model.path))
     if model.init == "random" or not folder.is_dir():
         return []
@@ -93,8 +117,22 @@ def weight_problems(model: ModelConfig, base: PreTrainedModel) -> list[Problem]:
         return [Problem("model.path", model.path, f"a folder with safetensors weights ({error})")]
     if getattr(base.config, "quantization_config", None) is not None:
         return []  # packed weights have shapes of their own
-    reason = misfit(shapes, base, base.base_model_prefix)
-    return [] if reason is None else [Problem("model.path", model.path, f"weights that fit the config ({reason})")]
+    if (reason := misfit(shapes, base, base.base_model_prefix)) is not None:
+        return [Problem("model.path", model.path, f"weights that fit the config ({reason})")]
+    return _absent(recipe, absent(shapes, base, base.base_model_prefix), num_labels)
+
+
+def _absent(recipe: Recipe, names: Iterable[str], num_labels: int | None) -> list[Problem]:
+    """Weights that a model lacks and the adapter does not save: random here, and random again where it is loaded."""
+    new = {*recipe.adapter.modules_to_save, *(HEADS if num_labels is not None else ())}
+    lost = sorted(name for name in names if not new & set(name.split(".")))
+    if not lost:
+        return []
+    shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+    if num_labels is None:
+        return [Problem("model.path", recipe.model.path, f"a model with all its weights; it lacks {shown}")]
+    allowed = f"also the modules of {shown}: {recipe.model.path} has no weights for them, and they have to be learned"
+    return [Problem("adapter.modules_to_save", recipe.adapter.modules_to_save, allowed)]
 
 
 def load_config(model: ModelConfig, **extra: Any) -> PretrainedConfig:
@@ -141,12 +179,15 @@ def build_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_labels: i
     if model.init == "random":
         return factory.from_config(config, dtype=dtype)
     try:
-        return factory.from_pretrained(
-            resolve_path(model.path), config=config, dtype=dtype, use_safetensors=True, **_pinned(model)
-        )
+        options = {"config": config, "dtype": dtype, "use_safetensors": True, **_pinned(model)}
+        loaded: Any = factory.from_pretrained(resolve_path(model.path), output_loading_info=True, **options)
+        base, found = loaded
     except OSError as error:
         allowed = f"a model with safetensors weights ({_first_lines(error)})"
         raise RecipeError([Problem("model.path", model.path, allowed)]) from error
+    if problems := _absent(recipe, found["missing_keys"], num_labels):
+        raise RecipeError(problems)
+    return base
 
 
 def lora_config(recipe: Recipe, num_labels: int | None, total_steps: int) -> LoraConfig:

@@ -108,7 +108,7 @@ def _cost(value: float, higher: bool) -> float:
 
 
 def _candidate(uri: str, metric: str | None) -> Candidate:
-    outcome, begun = runs.result(uri), runs.read(uri, "run.json")
+    outcome, begun = runs.result(uri), runs.begun(uri)
     if outcome is None or begun is None:
         raise RecipeError(
             [Problem("STUDY_OR_RUN", uri, "the folder of a finished run: result.json or run.json is missing")]

@@ -89,7 +89,12 @@ def _held(settings: RayConfig, resources: Mapping[str, float]) -> int:
     kind = settings.accelerator_type
     if kind is not None and ACCELERATOR + kind not in resources:
         return 0
-    return int(min(resources.get(name, 0) // amount for name, amount in _each(settings).items()))
+    return min(times(amount, resources.get(name, 0)) for name, amount in _each(settings).items())
+
+
+def times(amount: float, total: float) -> int:
+    """How often a resource holds an amount of it, in Ray's own unit of a ten-thousandth: 1 // 0.2 is 4."""
+    return round(total * 10_000) // max(1, round(amount * 10_000))
 
 
 def problems(settings: RayConfig, nodes: Sequence[Node], growth: Growth | None = None) -> list[Problem]:
@@ -115,7 +120,7 @@ def problems(settings: RayConfig, nodes: Sequence[Node], growth: Growth | None =
         key = f"ray.{name.lower()}s_per_worker"
         total, largest = sum(r.get(name, 0) for r in fit), max((r.get(name, 0) for r in fit), default=0)
         total = min(total, limits.get(name, total))
-        if wanted * amount > total:
+        if wanted > times(amount, total):
             allowed = f"{wanted} workers need {wanted * amount:g} {name}s, the cluster {has} {total:g}"
             found.append(Problem(key, amount, allowed))
         elif amount > largest:

@@ -107,7 +107,9 @@ class DataConfig(Section):
     label: str = Field("label", description="column of the class label")
     labels: Names = Field((), description="class labels in order of their index; empty: sorted from train")
     prompt: str = Field("question", description="column of the prompt (generation)")
-    completion: str = Field("answer", description="column of the expected completion (generation)")
+    completion: str = Field(
+        "answer", description="column of the expected completion, with its final answer as in #### 12 (generation)"
+    )
     template: str = Field("{prompt}\n\n{completion}", description="text of a language modelling row, from its columns")
     train_rows: Positive | None = Field(None, description="rows to generate, or the most to read; null reads all")
     eval_rows: Positive | None = Field(None, description="held-out rows to generate, or the most to read; null: all")
@@ -118,7 +120,7 @@ class TaskConfig(Section):
     """What is learned and how it is measured."""
 
     kind: Literal["generation", "classification", "language-modeling"] = Field(
-        description="exact match of the final answer, accuracy, or held-out loss"
+        description="exact match of the final answer (#### 12), accuracy, or held-out loss"
     )
     max_length: Positive = Field(256, description="tokens; longer rows are cut (prompt and completion together)")
     max_new_tokens: Positive = Field(64, description="tokens generated for an answer at evaluation")
@@ -301,7 +303,7 @@ class MLflowConfig(Section):
 
     enabled: bool = Field(True, description="log to MLflow")
     tracking_uri: str = Field("sqlite:///mlflow.db", description="server or database")
-    experiment: str = Field("hyperlora", description="experiment name")
+    experiment: str = Field("hyperlora", min_length=1, description="experiment name")
 
 
 class MonitorsConfig(Section):
@@ -408,7 +410,7 @@ class Recipe(Section):
         monitors = self.monitors.model_copy(update={"baseline": absolute(self.monitors.baseline)})
         mlflow = self.mlflow
         if mlflow.tracking_uri.startswith("sqlite:///"):
-            database = Path(mlflow.tracking_uri.removeprefix("sqlite:///")).absolute()
+            database = Path(mlflow.tracking_uri.removeprefix("sqlite:///")).expanduser().absolute()
             mlflow = mlflow.model_copy(update={"tracking_uri": f"sqlite:///{database}"})
         changed = {"model": model, "data": data, "hypernetwork": hypernetwork, "monitors": monitors, "mlflow": mlflow}
         return self.model_copy(update=changed)
@@ -548,7 +550,8 @@ def parse(content: Mapping[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         problems = _problems(error.errors())
-        bad = [[part for part in _location(e["loc"]) if not part.isdigit()] for e in error.errors()]
+        # A wrong member, whose place is a number, goes with its list.
+        bad = [_location([part for part in e["loc"] if isinstance(part, str)]) for e in error.errors()]
         # Combinations are checked on what is left, so that one answer names everything that can be known.
         try:
             rest = Recipe.model_validate(_without(content, bad))
@@ -621,7 +624,7 @@ def _section_of(location: Sequence[str]) -> type[BaseModel] | None:
 
 
 def _describe(location: Sequence[str]) -> str:
-    names = [part for part in location if not part.isdigit()]  # a member is described by its list
+    names = [part for part in location if not part.isdigit()] or list(location)  # a member is described by its list
     section = _section_of(names[:-1])
     field = section.model_fields.get(names[-1]) if section is not None and names else None
     if field is None:
@@ -752,7 +755,8 @@ def _uri_problems(recipe: Recipe) -> list[Problem]:
         "model.path": recipe.model.path,
         "model.tokenizer": recipe.model.tokenizer,
     }
-    checked = [(field, uri, uris.problem(uri)) for field, uri in places.items() if uri is not None]
+    written = ("storage.uri", "cluster.storage_uri")
+    checked = [(field, uri, uris.problem(uri, field in written)) for field, uri in places.items() if uri is not None]
     checked += [(field, uri, uris.secret_problem(uri)) for field, uri in others.items() if uri is not None]
     found = [Problem(field, uris.redacted(uri), allowed) for field, uri, allowed in checked if allowed is not None]
     # Whatever else a recipe says ends in logs and in MLflow as well.

@@ -67,7 +67,7 @@ def _place(uri: str) -> str:
 def store(uri: str) -> Iterator[Check]:
     """Write, read, conditional write and removal below a storage URI."""
     shown = uris.redacted(uri)
-    if (allowed := uris.problem(uri)) is not None:
+    if (allowed := uris.problem(uri, written=True)) is not None:
         yield Check("storage", "fail", shown, allowed)
         return
     probe = _place(uri)

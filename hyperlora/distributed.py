@@ -216,8 +216,8 @@ def _check_address(address: str) -> None:
     Config.initialize("")  # Ray has read its settings when it was imported
     if address == "auto":
         return
-    parts = urlsplit(address if "://" in address else f"//{address}")
     try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname, parts.port
         if not host or port is None or parts.scheme not in ("", "ray"):
             raise ValueError("host or port is missing")

@@ -31,13 +31,16 @@ def data_fingerprint(recipe: Recipe) -> str:
 
 
 def evaluation_fingerprint(recipe: Recipe) -> str:
-    """Of the task, the held-out rows in their order, and the base model: metrics are comparable when it is equal.
+    """Of the task, the held-out rows in their order, how they are read, and the base model with its tokenizer: metrics
+    are comparable when it is equal.
 
     Raises:
         RecipeError: rows or weights cannot be read.
     """
     held_out = survey(recipe.data, recipe.task.kind, ("eval",))["eval"].sha256
-    return _hash([recipe.task.model_dump(mode="json"), recipe.data.template, held_out, base_model(recipe)["sha256"]])
+    read = recipe.data.model_dump(include={"text", "text_pair", "label", "prompt", "completion", "template"})
+    model = [base_model(recipe)["sha256"], recipe.model.tokenizer, recipe.model.config]
+    return _hash([recipe.task.model_dump(mode="json"), read, held_out, model])
 
 
 def base_model(recipe: Recipe) -> dict[str, Any]:

@@ -105,10 +105,13 @@ def _only(address: str) -> Iterator[str]:
         RecipeError: it is no URL of a dashboard.
     """
     url = address if "://" in address else f"http://{address}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        allowed = "the URL of the cluster's dashboard, such as http://HOST:8265"
-        raise RecipeError([Problem("--address", address, allowed)])
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("it names no host over http or https")
+    except ValueError as error:
+        allowed = f"the URL of the cluster's dashboard, such as http://HOST:8265 ({error})"
+        raise RecipeError([Problem("--address", address, allowed)]) from error
     before = os.environ.get(ADDRESS)
     os.environ[ADDRESS] = url
     try:

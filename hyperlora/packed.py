@@ -40,7 +40,7 @@ BATCH = 1000
 MANIFEST = "rows.json"
 DAMAGED = f"is damaged: it differs from size and SHA-256 in {MANIFEST}"
 #: Changes whenever what is written here does.
-LAYOUT = 2
+LAYOUT = 3
 Columns = dict[str, list[Any]]
 Encode = Callable[[list[dict[str, Any]]], Columns]
 Say = Callable[[str], None]
@@ -76,8 +76,8 @@ class Packed:
 
         Args:
             part: ``train`` or ``eval``.
-            name: ``rows``, ``longest`` and ``longest_prompt`` (tokens), ``largest`` (token), ``targets``, or
-                ``empty`` (rows without a target).
+            name: ``rows``, ``longest`` and ``longest_prompt`` (tokens), ``largest`` (token), ``targets``, or rows that
+                were ``cut``, are ``empty`` (without a target) or ``unanswered`` (without a final answer).
         """
         return int(self.content["parts"][part][name])
 
@@ -249,12 +249,15 @@ def _tell(say: Say, part: str, rows: int) -> None:
 def _write_part(
     path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema, encode: Encode, say: Callable[[int], None]
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {"rows": 0, "longest": 0, "longest_prompt": 0, "largest": 0, "targets": 0, "empty": 0}
+    names = ("rows", "longest", "longest_prompt", "largest", "targets", "cut", "empty", "unanswered")
+    found: dict[str, Any] = dict.fromkeys(names, 0)
     digest = hashlib.sha256()
     told = time.monotonic()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
         while some := list(islice(rows, BATCH)):
             columns = encode(some)
+            found["cut"] += sum(columns.pop("cut"))
+            found["unanswered"] += sum(not answer for answer in columns.get("answer", ()))
             ids, weights = columns["input_ids"], columns["weight"]
             found["rows"] += len(some)
             found["longest"] = max(found["longest"], *map(len, ids))

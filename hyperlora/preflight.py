@@ -18,6 +18,7 @@ from hyperlora.baselines import AdapterOptimizer
 from hyperlora.config import METHODS, Problem, Recipe, RecipeError, first_line
 from hyperlora.monitors import read_baseline
 from hyperlora.optimizer import HyperAdaLoRA
+from hyperlora.packed import Packed
 from hyperlora.tasks import Task, build_task
 from hyperlora.tasks.data import PARTS, survey
 from hyperlora.training import World, build_optimizer
@@ -43,8 +44,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run; bytes are for each worker, ``rows`` is the fingerprint of the tokenised rows, and ``decided`` is what
-    the recipe leaves open (null) as the optimizer decides it.
+    """Of one run; bytes are for each worker, ``rows`` is the fingerprint of the tokenised rows, ``decided`` is what
+    the recipe leaves open (null) as the optimizer decides it, and ``notes`` say what of the rows does not count.
 
     ``activation_bytes`` follows Korthikanti et al. (arXiv 2205.05198, table 2, without the attention matrix, which
     fused kernels do not keep): 34 bytes per token, hidden unit and layer in 16 bits, twice that in 32. In 16 bits
@@ -68,6 +69,7 @@ class Estimate:
     adapter_bytes: int
     activation_bytes: int
     decided: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def memory_bytes(self) -> int:
@@ -94,10 +96,11 @@ def meta_model(recipe: Recipe, task: Task, total_steps: int) -> PeftModel:
     with torch.device("meta"):
         try:
             base = factory.from_config(config, dtype=getattr(torch, recipe.model.dtype))
-        except ValueError as error:
-            allowed = f"a model for task.kind={recipe.task.kind} ({first_line(error)[:300]})"
-            raise RecipeError([Problem("model.path", recipe.model.path, allowed)]) from error
-        problems = weight_problems(recipe.model, base) + _row_problems(recipe, task, base)
+        except Exception as error:  # whatever a config that says nonsense leads to
+            allowed = f"a model for task.kind={recipe.task.kind} ({type(error).__name__}: {first_line(error)[:300]})"
+            given = {"config": recipe.model.config} if recipe.model.config else {"path": recipe.model.path}
+            raise RecipeError([Problem(f"model.{k}", v, allowed) for k, v in given.items()]) from error
+        problems = weight_problems(recipe, base, task.num_labels) + _row_problems(recipe, task, base)
         if problems:
             raise RecipeError(problems)
         model = attach(base, recipe, task.num_labels, total_steps)
@@ -149,7 +152,27 @@ def _row_problems(recipe: Recipe, task: Task, model: PreTrainedModel) -> list[Pr
                 f"rows with something to learn: in {empty} of {rows} the prompt alone fills task.max_length tokens"
             )
             problems.append(Problem(field, getattr(recipe.data, part) or recipe.data.source, allowed))
+    unanswered, rows = (packed.count("eval", name) for name in ("unanswered", "rows"))
+    if recipe.task.kind == "generation" and unanswered == rows:
+        allowed = (
+            f"rows with a final answer, such as #### 12, in column {recipe.data.completion}: none of {rows} has one, "
+            "and exact match would be 0; task.kind=language-modeling needs none"
+        )
+        problems.append(Problem("data.eval", recipe.data.eval or recipe.data.source, allowed))
     return problems
+
+
+def _notes(recipe: Recipe, packed: Packed) -> list[str]:
+    """What of the rows is lost without an error."""
+    found = []
+    for part, words in (("train", "training"), ("eval", "held-out")):
+        cut, empty, rows = (packed.count(part, name) for name in ("cut", "empty", "rows"))
+        if cut:
+            more = f"; nothing is left to learn of {empty:,}" if empty else ""
+            found.append(f"{cut:,} of {rows:,} {words} rows are cut at task.max_length={recipe.task.max_length}{more}")
+    if unanswered := packed.count("eval", "unanswered"):
+        found.append(f"{unanswered:,} held-out rows have no final answer (#### 12) and count as wrong")
+    return found
 
 
 def _decided(optimizer: AdapterOptimizer) -> dict[str, Any]:
@@ -244,6 +267,7 @@ def inspect(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] 
         adapter_bytes=adapter_bytes,
         activation_bytes=_activations(recipe, task, model, layers, hidden),
         decided=decided,
+        notes=_notes(recipe, task.packed),
     )
 
 

@@ -29,9 +29,8 @@ import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
 
-from hyperlora import storage
+from hyperlora import storage, uris
 from hyperlora.config import MLflowConfig, Problem, RecipeError, first_line
 from hyperlora.storage import patiently
 
@@ -82,8 +81,6 @@ def register(
     record = {**facts, "files": {n: hashlib.sha256(data).hexdigest() for n, data in files.items()}}
     try:
         client = MlflowClient(uri)
-        champion = _champion(client, name)
-        better, reason = _beats(facts, None if champion is None else (champion.version, _facts(champion)))
         run_id = _store(client, mlflow_config, name, {**files, RECORD: storage.sealed(record)}, facts)
         _make(client, name)
         version = client.create_model_version(
@@ -95,9 +92,12 @@ def register(
             },
             description=files["README.md"].decode(),
         )
+        # Now, since others may have registered theirs while the files went up.
+        champion = _champion(client, name)
+        better, reason = _beats(facts, None if champion is None else (champion.version, _facts(champion)))
         alias = CHAMPION if better else CHALLENGER
         client.set_registered_model_alias(name, alias, str(version.version))
-    except (MlflowException, OSError) as error:
+    except tracking.ERRORS as error:
         raise tracking.unreachable(uri, error) from error
     number = int(version.version)
     now = number if champion is None or better else int(champion.version)
@@ -133,12 +133,11 @@ def pull(tracking_uri: str, model_uri: str, folder: str) -> dict[str, Any]:
                 artifact_uri=place, dst_path=temporary, tracking_uri=tracking_uri
             )
             files = {p.name: p.read_bytes() for p in Path(found).iterdir() if p.name in (*FILES, RECORD)}
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            allowed = f"a version that is registered in {tracking_uri} ({first_line(error)})"
+    except tracking.ERRORS as error:
+        missing = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+        if isinstance(error, MlflowException) and error.error_code in missing:
+            allowed = f"a version that is registered in {uris.redacted(tracking_uri)} ({first_line(error)})"
             raise RecipeError([Problem("MODEL", model_uri, allowed)]) from error
-        raise tracking.unreachable(tracking_uri, error) from error
-    except (OSError, SQLAlchemyError, ImportError) as error:
         raise tracking.unreachable(tracking_uri, error) from error
     record = _verified(model_uri, files)
     for file, data in files.items():

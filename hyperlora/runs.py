@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -101,11 +102,26 @@ def check_same(uri: str, recipe: Recipe) -> None:
     Raises:
         RecipeError: it was run with a recipe that computes something else; names every field.
     """
-    begun = read(uri, "run.json")
-    changed = [] if begun is None else differences(begun["recipe"], recipe)
+    found = begun(uri)
+    changed = [] if found is None else differences(found["recipe"], recipe)
     if changed:
         allowed = f"{uri} was run with"
         raise RecipeError([Problem(k, new, f"{allowed} {old!r}; choose another folder") for k, old, new in changed])
+
+
+def begun(uri: str) -> dict[str, Any] | None:
+    """What ``run.json`` says of a run, its ``recipe`` among it; None when it is not there.
+
+    Raises:
+        RecipeError: it is no record of a run.
+        StorageError: the store does not answer.
+    """
+    content = read(uri, "run.json")
+    if content is None:
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
+        raise RecipeError([Problem("run", f"{uri}/run.json", "the record of a run, with its recipe")])
+    return content
 
 
 def result(uri: str) -> dict[str, Any] | None:
@@ -179,9 +195,8 @@ def unfinished(recipe: Recipe) -> RunInfo:
         )
     uri = f"{base}/{max(names)}"
     _must_be_unfinished(uri)
-    content = read(uri, "run.json")
-    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
-        raise RecipeError([Problem("--resume", f"{uri}/run.json", "the record of a run, with its recipe")])
+    content = begun(uri)
+    assert content is not None, "it was listed"
     changed = differences(content["recipe"], recipe)
     if changed:
         raise RecipeError([Problem(key, new, f"the run to resume has {old!r}") for key, old, new in changed])
@@ -207,8 +222,8 @@ def differences(recorded: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, 
 
 
 def _of_name(folder: str, name: str) -> bool:
-    # quickstart-entailment-… is no run of quickstart: what follows the name is the time.
-    return folder[len(name) + 1 :].replace("-", "").isdigit()
+    # quickstart-entailment-… and quickstart-2-… are no runs of quickstart: what follows the name is the time.
+    return re.fullmatch(r"\d{8}-\d{6}(-\d+)?", folder[len(name) + 1 :]) is not None
 
 
 def summary(outcome: Mapping[str, Any], wall_seconds: float) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def is_local(uri: str) -> bool:
 
 def absolute(uri: str) -> str:
     """A URI that means the same from any working directory."""
-    return uri.rstrip("/") if "://" in uri else str(Path(uri).absolute())
+    return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
 # ---------------------------------------------------------------- trying again

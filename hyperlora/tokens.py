@@ -27,7 +27,10 @@ def warning(address: str) -> str | None:
     """What is to be said of an address on another machine when there is no token: anybody may run any code there."""
     if known() or address == "auto":
         return None
-    host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
+    try:
+        host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
+    except ValueError:
+        return None  # refused as no address
     try:
         local = ip_address(host).is_loopback
     except ValueError:

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,15 +33,14 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
 
-from hyperlora import __version__, spool, storage
+from hyperlora import __version__, spool, storage, uris
 from hyperlora.config import MLflowConfig, Problem, Recipe, RecipeError, first_line, flatten
 from hyperlora.spool import Spool
 
 logger = logging.getLogger(__name__)
-#: What a server or database that does not answer or refuses ends in.
-ERRORS = (MlflowException, OSError)
+#: What telling MLflow may end in: it lets through what the libraries of databases and artifact stores raise.
+ERRORS = (Exception,)
 PACKAGES = ("torch", "transformers", "peft", "ray", "mlflow", "datasets")
 # MLflow takes at most this many metrics, parameters and tags in one request.
 BATCH = 1000
@@ -109,7 +109,7 @@ def start(recipe: Recipe, run_uri: str, run_name: str, facts: Mapping[str, Any])
         for first in range(0, len(items), PARAMS):
             client.log_batch(run_id, params=items[first : first + PARAMS])
         client.log_text(run_id, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), "recipe.yaml")
-    except (MlflowException, OSError) as error:
+    except ERRORS as error:
         raise unreachable(uri, error) from error
     return str(run_id)
 
@@ -119,13 +119,20 @@ def experiment(client: MlflowClient, config: MLflowConfig) -> str:
     found = client.get_experiment_by_name(config.experiment)
     if found is not None:
         return str(found.experiment_id)
-    return str(client.create_experiment(config.experiment, _artifact_location(config.tracking_uri)))
+    try:
+        return str(client.create_experiment(config.experiment, _artifact_location(config.tracking_uri)))
+    except MlflowException as error:
+        # Another run made it meanwhile.
+        found = client.get_experiment_by_name(config.experiment)
+        if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+            raise
+        return str(found.experiment_id)
 
 
 def unreachable(uri: str, error: Exception) -> RecipeError:
     """What to tell the user when the server or database does not answer."""
     allowed = f"a reachable server or database ({first_line(error)})"
-    return RecipeError([Problem("mlflow.tracking_uri", uri, allowed)])
+    return RecipeError([Problem("mlflow.tracking_uri", uris.redacted(uri), allowed)])
 
 
 def start_search(
@@ -158,7 +165,7 @@ def start_search(
         tags |= {f"version.{k}": v for k, v in versions().items()} | git_state()
         run_id = client.create_run(experiment_id, tags=tags).info.run_id
         client.log_batch(run_id, params=[Param(k, str(v)[:VALUE]) for k, v in params.items()])
-    except (MlflowException, OSError) as error:
+    except ERRORS as error:
         raise unreachable(recipe.mlflow.tracking_uri, error) from error
     return str(run_id)
 
@@ -262,10 +269,10 @@ def check(recipe: Recipe) -> None:
         RecipeError: it is not, or it does not know the experiment and cannot.
     """
     uri = recipe.mlflow.tracking_uri
-    answers(uri)
+    answers(uri, new=True)
     try:
         MlflowClient(uri).get_experiment_by_name(recipe.mlflow.experiment)
-    except (MlflowException, OSError, SQLAlchemyError, ImportError) as error:  # a database's driver may be missing
+    except ERRORS as error:
         raise unreachable(uri, error) from error
 
 
@@ -276,7 +283,7 @@ def probe(config: MLflowConfig) -> None:
         RecipeError: nobody answers in seconds.
         MlflowException: the server refuses.
     """
-    answers(config.tracking_uri)
+    answers(config.tracking_uri, new=True)
     client = MlflowClient(config.tracking_uri)
     run_id = client.create_run(experiment(client, config), tags={"mlflow.runName": "doctor"}).info.run_id
     client.log_metric(run_id, "probe", 1.0)
@@ -284,13 +291,17 @@ def probe(config: MLflowConfig) -> None:
     client.delete_run(run_id)
 
 
-def answers(uri: str) -> None:
-    """Raise RecipeError when nobody answers at a URI."""
+def answers(uri: str, new: bool = False) -> None:
+    """Raise RecipeError when nobody answers at a URI; ``new``: a database may still have to be made."""
     try:
         if uri.startswith("sqlite:///"):
             database = Path(uri.removeprefix("sqlite:///"))
-            database.parent.mkdir(parents=True, exist_ok=True)
-            sqlite3.connect(database).execute("PRAGMA schema_version").close()
+            if new:
+                database.parent.mkdir(parents=True, exist_ok=True)
+            elif not database.is_file():
+                raise FileNotFoundError("there is no such file")
+            with closing(sqlite3.connect(database)) as connection:
+                connection.execute("PRAGMA schema_version").close()
         elif uri.startswith(("http://", "https://")):
             urllib.request.urlopen(uri, timeout=10).close()
         elif (place := urlsplit(uri)).hostname and place.port:
@@ -298,20 +309,29 @@ def answers(uri: str) -> None:
     except urllib.error.HTTPError:
         return  # it answered
     except (sqlite3.Error, OSError, ValueError) as error:
-        raise RecipeError([Problem("mlflow.tracking_uri", uri, f"a reachable server or database ({error})")]) from error
+        raise unreachable(uri, error) from error
 
 
 def _artifact_location(uri: str) -> str | None:
     """Artifacts of a local database lie beside it; a server has a place of its own."""
     if not uri.startswith("sqlite:///"):
         return None
-    return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    return (Path(uri.removeprefix("sqlite:///")).expanduser().absolute().parent / "mlartifacts").as_uri()
 
 
-def resume(recipe: Recipe, run_id: str) -> None:
-    """Mark an interrupted run as running again; a server that is away is told nothing and misses no metric."""
+def resume(recipe: Recipe, run_id: str) -> bool:
+    """Mark an interrupted run as running again; False where the server does not know it.
+
+    A server that is away is told nothing and misses no metric.
+    """
+    try:
+        MlflowClient(recipe.mlflow.tracking_uri).update_run(run_id, status="RUNNING")
+    except ERRORS as error:
+        if isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        _not_told(run_id, error)
     _record(run_id).unlink(missing_ok=True)  # this process delivers what waits
-    _tell(run_id, lambda: MlflowClient(recipe.mlflow.tracking_uri).update_run(run_id, status="RUNNING"))
+    return True
 
 
 def finish(recipe: Recipe, run_id: str, outcome: Mapping[str, Any]) -> None:
@@ -326,9 +346,13 @@ def _tell(run_id: str, action: Callable[[], Any]) -> bool:
     try:
         action()
     except ERRORS as error:
-        logger.warning("MLflow run %s could not be updated: %s", run_id, first_line(error))
+        _not_told(run_id, error)
         return False
     return True
+
+
+def _not_told(run_id: str, error: BaseException) -> None:
+    logger.warning("MLflow run %s could not be updated: %s", run_id, first_line(error))
 
 
 def _finish(client: MlflowClient, run_id: str, outcome: Mapping[str, Any]) -> None:
@@ -417,8 +441,7 @@ def deliver(run: Missed, outcome: Mapping[str, Any] | None) -> None:
 
     Raises:
         RecipeError: nobody answers there.
-        MlflowException: the server refuses.
-        OSError: it went away again.
+        Exception: it refuses, or went away again; of any type.
     """
     answers(run.tracking_uri)
     client = MlflowClient(run.tracking_uri)
@@ -452,7 +475,7 @@ class MLflowSink:
 
     def __init__(self, tracking_uri: str, run_id: str, interval: float = 2.0) -> None:
         self._uri, self._run_id = tracking_uri, run_id
-        self._client = MlflowClient(tracking_uri)
+        self._client: MlflowClient | None = None
         self._interval = interval
         self._spool = Spool(_waiting(run_id))
         self._closed = self._away = False
@@ -522,17 +545,19 @@ class MLflowSink:
                 self._deliver(records)
                 self._away = False
                 self._spool.remove(len(records))
-        except (MlflowException, OSError) as error:
+        except ERRORS as error:
             if not self._away:
                 logger.warning("MLflow is away, metrics wait for it: %s", first_line(error))
             self._away = True
 
     def _deliver(self, records: list[dict[str, Any]]) -> None:
+        # A database that is away is asked when a client of it is made.
+        client = self._client = self._client or MlflowClient(self._uri)
         if self._sent is None:
-            history = {kind: self._client.get_metric_history(self._run_id, key) for kind, key in _SIGN.items()}
+            history = {kind: client.get_metric_history(self._run_id, key) for kind, key in _SIGN.items()}
             self._sent = {kind: max((m.step for m in found), default=-1) for kind, found in history.items()}
         tags = [RunTag(r["key"], r["value"]) for r in records if r["kind"] == "tag"]
         new = [r for r in records if r["kind"] != "tag" and r["step"] > self._sent[r["kind"]]]
         metrics = [Metric(key, value, r["time"], r["step"]) for r in new for key, value in r["metrics"].items()]
         for first in range(0, max(1, len(metrics)), BATCH - len(tags)):
-            self._client.log_batch(self._run_id, metrics=metrics[first : first + BATCH - len(tags)], tags=tags)
+            client.log_batch(self._run_id, metrics=metrics[first : first + BATCH - len(tags)], tags=tags)

@@ -41,6 +41,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from hyperlora import checkpoint, runs, storage, training
+from hyperlora.capacity import times
 from hyperlora.config import Problem, Recipe, RecipeError, parse
 from hyperlora.sampling import Objective, Proposals, Values
 from hyperlora.search import (
@@ -221,10 +222,10 @@ def run(
 def _capacity(recipe: Recipe) -> int:
     """Trials that the cluster holds at a time."""
     total, settings = ray.cluster_resources(), recipe.ray
-    held = total.get("CPU", 0) // (settings.most * settings.cpus_per_worker)
+    held = times(settings.most * settings.cpus_per_worker, total.get("CPU", 0))
     if settings.gpus_per_worker:
-        held = min(held, total.get("GPU", 0) // (settings.most * settings.gpus_per_worker))
-    return int(held)
+        held = min(held, times(settings.most * settings.gpus_per_worker, total.get("GPU", 0)))
+    return held
 
 
 def _asha(stopping: Stopping) -> ASHAScheduler:

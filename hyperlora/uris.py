@@ -11,7 +11,11 @@ from fsspec.registry import known_implementations
 _SECRET = re.compile(r"key|secret|token|passw|credential|signature|^sig$|^sas$|^pwd$", re.IGNORECASE)
 # A password may hold slashes that should have been escaped; digits before a slash are a port.
 _PASSWORD = re.compile(r"://[^/@\s'\"]*:(?!\d+/)[^@\s'\"]*@")
-_OPTION = re.compile(rf"([?&]\w*(?:{_SECRET.pattern.replace('^', '').replace('$', '')})\w*=)[^&\s'\"]+", re.IGNORECASE)
+_OPTION = re.compile(
+    r"([?&](?:[\w-]*(?:key|secret|token|passw|credential|signature)[\w-]*|sig|sas|pwd)=)[^&\s'\"]+", re.IGNORECASE
+)
+# Options within the value of one, as ODBC has them.
+_INNER = re.compile(r"(?:^|[;{\s])\s*(?:pwd|\w*(?:passw|secret|token|key)\w*)\s*=", re.IGNORECASE)
 #: Characters of one name in a path, as file systems have it.
 LONGEST_NAME = 255
 #: Schemes whose account, without a password, is a name.
@@ -43,7 +47,7 @@ def redacted(uri: str) -> str:
     account, at, host = parts.netloc.rpartition("@")
     netloc = f"***@{host}" if at and _secret_account(parts.scheme, account) else parts.netloc
     options = parse_qsl(parts.query, keep_blank_values=True)
-    query = urlencode([(k, "***" if _SECRET.search(k) else v) for k, v in options], safe="*:/")
+    query = urlencode([(k, "***" if _secret_option(k, v) else v) for k, v in options], safe="*:/")
     # Not urlunsplit of everything: it drops the empty host of sqlite:///file.
     return f"{parts.scheme}://{netloc}{parts.path}" + urlunsplit(("", "", "", query, ""))
 
@@ -66,8 +70,12 @@ def secret_problem(uri: str) -> str | None:
     except ValueError as error:
         return f"allowed: a URI ({error})"
     account, at, _ = parts.netloc.rpartition("@")
-    named = any(_SECRET.search(key) for key, _ in parse_qsl(parts.query, keep_blank_values=True))
+    named = any(_secret_option(key, value) for key, value in parse_qsl(parts.query, keep_blank_values=True))
     return WITHOUT_CREDENTIALS if named or (at and _secret_account(parts.scheme, account)) else None
+
+
+def _secret_option(key: str, value: str) -> bool:
+    return bool(_SECRET.search(key) or _INNER.search(value))
 
 
 def _secret_account(scheme: str, account: str) -> bool:
@@ -75,9 +83,14 @@ def _secret_account(scheme: str, account: str) -> bool:
     return ":" in account or not scheme.startswith(_NAMED)
 
 
-def problem(uri: str) -> str | None:
-    """What is allowed instead of a path or URI that cannot be used; None for a good one. Asks no server."""
-    chain = uri.split("::") if "://" in uri else [uri]
+def problem(uri: str, written: bool = False) -> str | None:
+    """What is allowed instead of a path or URI that cannot be used; None for a good one. Asks no server.
+
+    Args:
+        uri: path or URI.
+        written: something is to be written there, and to be there afterwards.
+    """
+    chain = uri.split("::")  # fsspec takes a path apart at these, too
     for part in chain:
         if (secret := secret_problem(part)) is not None:
             return secret
@@ -86,7 +99,7 @@ def problem(uri: str) -> str | None:
     if "://" not in uri:
         return None
     protocol = uri.partition("://")[0]
-    if protocol not in known_implementations:
+    if protocol not in known_implementations or (written and protocol not in {*_STORES, "file", "local"}):
         return "allowed: a path, or a URI that starts with s3://, gs:// or az://"
     if protocol in _STORES:
         package, extra = _STORES[protocol]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -68,3 +69,19 @@ def misfit(shapes: Mapping[str, tuple[int, ...]], model: nn.Module, prefix: str)
         if wanted[name] != found[name]:
             return f"{name} is {found[name]}, {type(model).__name__} with this config has {wanted[name]}"
     return None
+
+
+def absent(shapes: Mapping[str, tuple[int, ...]], model: PreTrainedModel, prefix: str) -> list[str]:
+    """Names of the weights of a model that are not there; none where that cannot be told from names.
+
+    Args:
+        shapes: of the weights by name.
+        model: may be on the meta device.
+        prefix: that names may have or lack.
+    """
+    wanted = {name.removeprefix(f"{prefix}."): name for name in model.state_dict()}
+    found = {name.removeprefix(f"{prefix}.") for name in shapes}
+    if found - wanted.keys():
+        return []  # some of what is there may be renamed when it is loaded
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return sorted(name for short, name in wanted.items() if short not in found and name not in tied)

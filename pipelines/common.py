@@ -13,6 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from rich.console import Console
+from rich.text import Text
+
 from hyperlora import ownership, storage, uris
 from hyperlora.config import Problem, Recipe, RecipeError, apply_overrides, parse, read_yaml
 from hyperlora.ownership import Lease, OwnedElsewhereError
@@ -116,9 +119,15 @@ def gathered(problems: list[Problem], read: Callable[[], T]) -> T | None:
         return None
 
 
+def tell(console: Console, notes: Sequence[str]) -> None:
+    """What a user should know before it starts."""
+    for note in notes:
+        console.print(Text(f"note: {note}", "yellow"), soft_wrap=True)
+
+
 def check_out(out: str | None, problems: list[Problem]) -> None:
     """Find out whether the folder that somebody wants for a search can be one."""
-    if out is not None and (allowed := uris.problem(out)) is not None:
+    if out is not None and (allowed := uris.problem(out, written=True)) is not None:
         problems.append(Problem("--out", uris.redacted(out), allowed))
 
 

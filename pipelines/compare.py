@@ -6,6 +6,7 @@ OUT/comparison.json, comparison.html   the result, also while trials are missing
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from rich.markup import escape
 
 from hyperlora import storage, tracking
 from hyperlora.comparison import analyse, final_loss
-from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.config import Problem, Recipe, RecipeError, first_line
 from hyperlora.field import Contestant, Entry, planned, rate, read_field, resolve
 from hyperlora.preflight import Estimate, inspect
 from hyperlora.report import comparison_page
@@ -35,9 +36,12 @@ from pipelines.common import (
     number,
     owned,
     shipped,
+    tell,
     write_json,
 )
 from pipelines.searching import fetched, run_planned, tracked, write_result
+
+logger = logging.getLogger(__name__)
 
 SELECTION = (
     "Every contestant's learning rate is the one with the lowest training loss (mean over the last tenth of the steps) "
@@ -112,6 +116,7 @@ def main(args: Namespace, console: Console) -> int:
     with console.status("checking every contestant's recipe, data and model"):
         estimates = _inspect(comparison.contestants)
     plan = comparison.plan(next(iter(estimates.values())).steps)
+    tell(console, next(iter(estimates.values())).notes)
     console.print(screens.comparison_plan(comparison.contestants, estimates, plan, comparison.out))
     if args.dry_run:
         sizes = {name: e.to_json() for name, e in estimates.items()}
@@ -209,8 +214,11 @@ def _tracked(comparison: Comparison, plan: Mapping[str, Any]) -> Iterator[Any]:
 
         def log(result: Mapping[str, Any]) -> None:
             if run_id is not None:
-                with fetched(out, ("comparison.json", "comparison.html")) as files:
-                    tracking.finish_comparison(recipe, run_id, result, files)
+                try:
+                    with fetched(out, ("comparison.json", "comparison.html")) as files:
+                        tracking.finish_comparison(recipe, run_id, result, files)
+                except tracking.ERRORS as error:
+                    logger.warning("MLflow lacks what is in %s; the same command logs it: %s", out, first_line(error))
 
         yield log
 

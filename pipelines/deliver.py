@@ -9,14 +9,13 @@ from rich.console import Console
 from rich.text import Text
 
 from hyperlora import runs, tracking
-from hyperlora.config import RecipeError, first_line
-from hyperlora.storage import StorageError
+from hyperlora.config import first_line
 from hyperlora.tracking import Missed
 from pipelines.common import write_json
 
 
 def main(args: Namespace, console: Console) -> int:
-    """Deliver everything that waits; returns 1 when something still does."""
+    """Deliver what waits of runs that have ended; returns 1 when something of them still does."""
     waiting = tracking.missed()
     rows = []
     with console.status("delivering"):
@@ -42,6 +41,6 @@ def deliver(waiting: Sequence[Missed]) -> Iterator[tuple[Missed, str | None]]:
         try:
             outcome = None if run.run_uri is None else runs.result(run.run_uri)
             tracking.deliver(run, outcome)
-        except (RecipeError, StorageError, *tracking.ERRORS) as reason:
+        except tracking.ERRORS as reason:
             error = first_line(reason)
         yield run, error

@@ -44,12 +44,12 @@ def main(args: Namespace, console: Console) -> int:
 
 def _here(recipe: Recipe, alone: bool) -> Iterator[Check]:
     """On this machine; where a cluster does the work, its places need not be reached from here."""
-    known = versions()
+    known, recipe = versions(), recipe.with_absolute_paths()
     yield Check("versions", "ok", ", ".join(f"{k} {known[k]}" for k in ("python", "torch", "ray", "mlflow", "peft")))
     yield diagnosis.devices()
     yield diagnosis.disk()
     yield diagnosis.token()
-    for check in (*diagnosis.store(recipe.with_absolute_paths().storage.uri), diagnosis.tracking(recipe.mlflow)):
+    for check in (*diagnosis.store(recipe.storage.uri), diagnosis.tracking(recipe.mlflow)):
         if alone or check.state != "fail":
             yield check
         else:

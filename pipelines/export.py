@@ -18,7 +18,7 @@ def main(args: Namespace, console: Console) -> int:
     wrong = [
         Problem(name, uris.redacted(uri), allowed)
         for name, uri in (("RUN_OR_CHECKPOINT", args.source), ("DIR", args.folder))
-        if (allowed := uris.problem(uri)) is not None
+        if (allowed := uris.problem(uri, written=name == "DIR")) is not None
     ]
     if wrong:
         raise RecipeError(wrong)

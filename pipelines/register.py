@@ -64,7 +64,7 @@ def main(args: Namespace, console: Console) -> int:
         "reason": done.reason,
         "champion": done.champion,
         "mlflow_run_id": done.run_id,
-        "tracking_uri": mlflow.tracking_uri,
+        "tracking_uri": uris.redacted(mlflow.tracking_uri),
         **{k: v for k, v in facts.items() if k != "recipe"},
     }
     write_json(args.json, summary)
@@ -99,5 +99,7 @@ def _default() -> str:
 
 def _places(*named: tuple[str, str]) -> list[Problem]:
     return [
-        Problem(name, uris.redacted(uri), allowed) for name, uri in named if (allowed := uris.problem(uri)) is not None
+        Problem(name, uris.redacted(uri), allowed)
+        for name, uri in named
+        if (allowed := uris.problem(uri, written=name == "DIR")) is not None
     ]

@@ -116,6 +116,7 @@ def tracked(
     if not recipe.mlflow.enabled:
         yield None
         return
+    recipe = recipe.with_absolute_paths()
     run_id = tracking.start_search(recipe, out, name, params, kind, tags)
     try:
         yield run_id

@@ -35,6 +35,7 @@ from pipelines.common import (
     load_recipe,
     number,
     owned,
+    tell,
     write_json,
 )
 from pipelines.cost import Cost, probe
@@ -139,6 +140,7 @@ def main(args: Namespace, console: Console) -> int:
         with console.status("timing a few steps"):
             cost = probe(options.recipe)
     trials, later = study.wanted({})
+    tell(console, estimate.notes)
     console.print(screens.study_plan(study.plan, estimate, len(trials) + later, _hours(study, cost), options.out))
     if args.dry_run:
         write_json(args.json, study.plan | {"trials": len(trials) + later, "seconds": _hours(study, cost)})

@@ -20,7 +20,7 @@ from hyperlora.preflight import Estimate, inspect
 from hyperlora.stopping import Notice, StoppedError
 from hyperlora.training import RunInfo, Tee, train
 from pipelines import screens
-from pipelines.common import load_recipe, write_json
+from pipelines.common import load_recipe, tell, write_json
 from pipelines.deliver import deliver
 from pipelines.progress import ProgressSink
 
@@ -33,6 +33,7 @@ def main(args: Namespace, console: Console) -> int:
     recipe = named.with_absolute_paths()
     with console.status("checking recipe, data and model") as status:
         estimate = inspect(recipe, resume=args.resume, say=status.update)
+    tell(console, estimate.notes)
     if args.dry_run:
         console.print(screens.estimate(recipe, estimate))
         write_json(args.json, {"recipe": recipe.model_dump(mode="json"), "estimate": estimate.to_json()})
@@ -102,12 +103,13 @@ def _train(
 
 def _open_run(recipe: Recipe, info: RunInfo, estimate: Estimate, resume: bool) -> RunInfo:
     """Record a run in its folder and in MLflow."""
-    if resume and info.mlflow_run_id is not None:
-        tracking.resume(recipe, info.mlflow_run_id)
+    known = info.mlflow_run_id
+    if resume and recipe.mlflow.enabled and known is not None and tracking.resume(recipe, known):
         return info
+    info = replace(info, mlflow_run_id=None)
     if not resume:
         runs.record(info, recipe)
-    # Killed before MLflow knew of it, a run gets its MLflow run when it goes on.
+    # Killed before MLflow knew of it, or now on another server, a run gets its MLflow run when it goes on.
     if not recipe.mlflow.enabled:
         return info
     facts = {

@@ -34,6 +34,7 @@ from pipelines.common import (
     load_recipe,
     number,
     owned,
+    tell,
     write_json,
 )
 from pipelines.cost import probe
@@ -111,12 +112,14 @@ def main(args: Namespace, console: Console) -> int:
     """Validate, show the cost, run what is missing, and write the result; returns the exit status."""
     options = resolved(args)
     with console.status("checking recipe, data and model"):
-        tuned = _decide(options, inspect(options.recipe))
+        estimate = inspect(options.recipe)
+        tuned = _decide(options, estimate)
     seconds = None
     if options.recipe.ray.address is None and options.recipe.ray.most == 1:
         with console.status("timing a few steps"):
             evaluations = 1 if options.watched is None else options.evaluations
             seconds = tuned.plan["trials"] * probe(tuned.recipe).seconds(tuned.plan["steps"], evaluations)
+    tell(console, estimate.notes)
     console.print(screens.tuning_plan(tuned.plan, seconds, options.out))
     if args.dry_run:
         write_json(args.json, tuned.plan | {"seconds": seconds})

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from hyperlora.config import Recipe
 from hyperlora.packed import Packed
@@ -49,7 +49,12 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        """Tokenise rows: a list for each of ``columns``."""
+        """Tokenise rows: a list for each of ``columns``, and ``cut``, whether a row was longer than it may be."""
+
+    @staticmethod
+    def _cut(encoded: BatchEncoding) -> list[bool]:
+        """Which rows a tokenizer has cut; a slow one does not tell."""
+        return [bool(row.overflowing) for row in encoded.encodings or []]
 
     @abstractmethod
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -19,10 +19,14 @@ from hyperlora.tasks.data import Part, Parts
 def label_names(recipe: Recipe, found: Mapping[Parts, Part]) -> tuple[str, ...]:
     """The labels in order of their index: as the recipe has them, or those of the training rows, sorted.
 
+    Whole numbers, as class labels of data sets often are, are sorted as such.
+
     Raises:
         RecipeError: a label of the rows is not among them, or there are fewer than two.
     """
-    names = recipe.data.labels or tuple(sorted(found["train"].labels))
+    there = found["train"].labels
+    numbers = all(label.isascii() and label.isdigit() for label in there)
+    names = recipe.data.labels or tuple(sorted(there, key=(lambda label: (int(label), label)) if numbers else None))
     problems = []
     if len(names) < 2:
         problems.append(Problem("data.labels", names, "two labels or more in the training rows, or named here"))
@@ -51,9 +55,10 @@ class Classification(Task):
         data = self.recipe.data
         texts = [str(row[data.text]) for row in rows]
         pairs = [str(row[data.text_pair]) for row in rows] if data.text_pair else None
-        ids = self.tokenizer(texts, pairs, truncation=True, max_length=self.recipe.task.max_length)["input_ids"]
+        encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.recipe.task.max_length)
+        ids = encoded["input_ids"]
         labels = [self.label_index[str(row[data.label])] for row in rows]
-        return {"input_ids": ids, "labels": labels, "weight": [1] * len(ids)}
+        return {"input_ids": ids, "labels": labels, "weight": [1] * len(ids), "cut": self._cut(encoded)}
 
     def _labels(self, rows: list[dict[str, Any]], longest: int) -> Tensor:
         return torch.tensor([row["labels"] for row in rows])

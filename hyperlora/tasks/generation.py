@@ -49,6 +49,7 @@ class Generation(Task):
             "weight": [sum(t != IGNORED for t in row[1:]) for row in labels],
             "prompt_ids": prompt_ids,
             "answer": [final_answer(c) or "" for c in completions],
+            "cut": [len(p) + len(c) > task.max_length for p, c in zip(prompt_ids, completion_ids, strict=True)],
         }
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:

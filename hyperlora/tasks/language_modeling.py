@@ -24,8 +24,9 @@ class LanguageModeling(Task):
         eos = str(self.tokenizer.eos_token or "")
         columns = [{**row, "prompt": row.get(data.prompt), "completion": row.get(data.completion)} for row in rows]
         texts = [data.template.format_map(row) + eos for row in columns]
-        ids = self.tokenizer(texts, truncation=True, max_length=self.recipe.task.max_length)["input_ids"]
-        return {"input_ids": ids, "labels": ids, "weight": [max(0, len(row) - 1) for row in ids]}
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.recipe.task.max_length)
+        ids, weights = encoded["input_ids"], [max(0, len(row) - 1) for row in encoded["input_ids"]]
+        return {"input_ids": ids, "labels": ids, "weight": weights, "cut": self._cut(encoded)}
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         return next_token_loss_sum(model, batch)

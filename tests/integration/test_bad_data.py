@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
 from refusals import Refused
+
+from pipelines.cli import main
 
 ROW = '{"question": "How many?", "answer": "3 #### 3"}\n'
 TABLE = "sentence\tlabel\n" + "".join(f"some words {n}\t{'yes' if n % 2 else 'no'}\n" for n in range(20))
@@ -119,6 +122,47 @@ def test_labels(recipe_file: Path, tmp_path: Path, refused: Refused) -> None:
     assert "line 1 has no text after its label" in message
     message = refused("train", recipe_file, *files(tmp_path, TABLE), *table(), "data.text_pair=second")
     assert "columns sentence, second, label; row 1 lacks second" in message
+
+
+def test_answers_that_can_never_be_right(
+    recipe_file: Path, tmp_path: Path, refused: Refused, capfd: pytest.CaptureFixture
+) -> None:
+    without = ROW.replace("#### ", "")
+    message = refused("train", recipe_file, *files(tmp_path, ROW * 9, without * 4))
+    assert (
+        "1 problem: data.eval: got 'eval.txt'; rows with a final answer, such as #### 12, in column answer" in message
+    )
+    assert "none of 4 has one" in message
+    changes = files(tmp_path, ROW * 9, ROW + without)
+    assert main(["train", str(recipe_file), *changes, "--dry-run"]) == 0
+    assert "note: 1 held-out rows have no final answer" in capfd.readouterr().out
+
+
+def test_rows_that_are_cut_are_counted(
+    recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = ROW.replace("3 ####", "3 and " * 100 + "####")
+    lost = ROW.replace("How many?", "How many? " * 100)
+    changes = files(tmp_path, ROW * 9 + long * 2 + lost, ROW)
+    assert main(["train", str(recipe_file), *changes, "--dry-run", "--json", "plan.json"]) == 0
+    note = "3 of 12 training rows are cut at task.max_length=96; nothing is left to learn of 1"
+    assert f"note: {note}" in capfd.readouterr().out
+    assert json.loads(Path("plan.json").read_text())["estimate"]["notes"] == [note]
+    whole = ["task.kind=language-modeling", "data.template='{prompt} {completion}'"]
+    for more, cut in ((whole, 3), (["task.kind=classification", "data.text=question", "data.label=answer"], 1)):
+        assert main(["train", str(recipe_file), *changes, *more, "--dry-run", "--json", "plan.json"]) == 0
+        (note,) = json.loads(Path("plan.json").read_text())["estimate"]["notes"]
+        assert note == f"{cut} of 12 training rows are cut at task.max_length=96"
+
+
+def test_labels_that_are_numbers_are_in_their_order(recipe_file: Path, tmp_path: Path) -> None:
+    rows = "".join(f'{{"sentence": "words {n}", "label": {n}}}\n' for n in (10, 2, 1, 0, 11, 9, 8, 7))
+    changes = [*files(tmp_path, rows), "task.kind=classification", "training.steps=2", "adapter.target_rank=4"]
+    summary = tmp_path / "summary.json"
+    assert main(["train", str(recipe_file), *changes, "--json", str(summary)]) == 0
+    card = Path(json.loads(summary.read_text())["adapter"], "README.md").read_text()
+    assert "0 0, 1 1, 2 2, 3 7, 4 8, 5 9, 6 10, 7 11" in card
 
 
 def test_columns_of_a_template(recipe_file: Path, tmp_path: Path, refused: Refused) -> None:

@@ -51,6 +51,13 @@ def test_a_schedule_that_cannot_be_is_told_with_the_rest(recipe_file: Path, refu
         (["pruning.count=1", "pruning.schedule=cubic"], "pruning.count: got 1; null for pruning.schedule=cubic"),
         (["optimizer.lambda_ratio=2"], "optimizer.lambda_ratio: got 2.0; 1 where no λ is updated for itself"),
         (["pruning.start=19"], "no pruning event fits"),
+        (["5=1"], "5: got 1; unknown key; allowed: name, description"),
+        (["mlflow.experiment=''"], "mlflow.experiment: got ''; string should have at least 1 character"),
+        # What is no number, or another one than it looks like, in one YAML or the other.
+        (["training.steps=012"], "training.steps: got '012'; input should be a valid integer"),
+        (["training.steps=1:30"], "training.steps: got '1:30'; input should be a valid integer"),
+        (["storage.uri=memory://x"], "storage.uri: got 'memory://x'; allowed: a path, or a URI that starts with s3://"),
+        (["storage.uri=out::v2"], "storage.uri: got 'out::v2'; allowed: a path or one URI, no chain of them"),
         (["task.prompt_format=Q"], "must contain {prompt}"),
         (["task.kind=classification"], "data.source=word-problems has rows for generation"),
         (["task.max_length=5"], "task.max_new_tokens: got 8; less than task.max_length = 5"),

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from refusals import Refused
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
 
 from hyperlora.adapters import resolve_path
+from pipelines.cli import main
 
 ENCODER = {
     "model_type": "bert",
@@ -50,6 +52,10 @@ def rename_tensors(path: Path) -> None:
     save_file({f"other.{name}": tensor for name, tensor in load_file(path).items()}, path)
 
 
+def drop_tensor(path: Path) -> None:
+    save_file({name: tensor for name, tensor in load_file(path).items() if "layers.3.mlp.up" not in name}, path)
+
+
 @pytest.mark.parametrize(
     ("breaks", "expected"),
     [
@@ -64,6 +70,7 @@ def rename_tensors(path: Path) -> None:
         (lambda m: (m / "model.safetensors").write_bytes(b""), "model.safetensors is no whole safetensors file"),
         (lambda m: shorten(m / "model.safetensors"), "model.safetensors is no whole safetensors file"),
         (lambda m: rename_tensors(m / "model.safetensors"), "tensors belongs to "),
+        (lambda m: drop_tensor(m / "model.safetensors"), "all its weights; it lacks model.layers.3.mlp.up_proj.weight"),
         (lambda m: index(m, a="part-1.safetensors"), "part-1.safetensors is missing"),
         (lambda m: index(m, a="../runs/x.safetensors"), "names a file outside its folder: ../runs/x.safetensors"),
         (lambda m: index(m), "names a file outside its folder"),
@@ -91,6 +98,12 @@ def test_folders(recipe_file: Path, model: Path, refused: Refused, breaks, expec
         (["model.path=builtin:../..", "model.init=pretrained"], "allowed built-in models: builtin:storylm"),
         (["model.tokenizer=./no"], "model.tokenizer: got './no'; a folder or hub name with a tokenizer"),
         (["model.architecture.num_attention_heads=5"], "hidden size (32) is not a multiple"),
+        (["model.architecture.num_attention_heads=0"], "model.architecture: got {"),
+        (["model.config.hidden_size=-8"], "model.config: got {'hidden_size': -8}; a model for task.kind=generation"),
+        (["model.config.hidden_act=foo"], "model.config: got {'hidden_act': 'foo'}; a model for task.kind=generation"),
+        (["model.config.vocab_size=0"], "a tokenizer of the model, which has 0 tokens"),
+        (["model.config.hiddn_size=8"], "model.config.hiddn_size: got 8; a setting of the model; did you mean hidden"),
+        (["model.architecture.hiddn_size=8"], "model.architecture.hiddn_size: got 8; a setting of the model"),
         (["model.architecture.model_type=lama"], "model.architecture: got {"),
         (["model.architecture.model_type=clip"], "model.path: got 'none'; a model for task.kind=generation"),
         ([f"model.architecture={ENCODER}"], "task.kind: got 'generation'; classification: bert sees the tokens"),
@@ -118,6 +131,21 @@ def test_folders(recipe_file: Path, model: Path, refused: Refused, breaks, expec
 )
 def test_models_and_adapters(recipe_file: Path, refused: Refused, changes: list[str], expected: str) -> None:
     assert expected in refused("train", recipe_file, *changes)
+
+
+def test_weights_that_a_model_lacks_have_to_be_learned(recipe_file: Path, tmp_path: Path, refused: Refused) -> None:
+    """A BERT without its pooler, which is above the layers: transformers makes a new one, whose values nobody keeps."""
+    base = BertModel(BertConfig(**{k: v for k, v in ENCODER.items() if k != "model_type"}), add_pooling_layer=False)
+    base.save_pretrained(tmp_path / "encoder")
+    for file in Path(resolve_path("builtin:storylm")).glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "encoder")
+    changes = ["task.kind=classification", "data.source=entailment", "data.text=sentence1", "data.text_pair=sentence2"]
+    changes += ["task.max_length=64", "adapter.target_rank=4", "training.steps=2", *pretrained(tmp_path / "encoder")]
+    message = refused("train", recipe_file, *changes)
+    assert (
+        "adapter.modules_to_save: got (); also the modules of bert.pooler.dense.bias, bert.pooler.dense.we" in message
+    )
+    assert main(["train", str(recipe_file), *changes, "adapter.modules_to_save=[pooler]"]) == 0
 
 
 def test_model_and_data_are_told_at_once(recipe_file: Path, tmp_path: Path, refused: Refused) -> None:

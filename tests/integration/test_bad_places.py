@@ -146,3 +146,16 @@ def test_a_finished_run_is_not_resumed(recipe_file: Path, tmp_path: Path, refuse
     (run / "run.json").write_text(json.dumps({"recipe": {}, "mlflow_run_id": None}), encoding="utf-8")
     (run / "result.json").write_bytes(storage.sealed({"adapter_files": {}}))
     assert "this run is finished; start without --resume" in refused("train", recipe_file, "--resume")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["jobs", "--address", "http://[x"],
+        ["logs", "job", "--address", "http://[x"],
+        ["jobs", "--address", "ftp://head:8265"],
+        ["train", "small.yaml", "ray.backend=ray", "ray.address=[::1"],
+    ],
+)
+def test_addresses(recipe_file: Path, refused: Refused, words: list[str]) -> None:
+    assert "address: got '" in refused(*words)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from botocore.exceptions import NoCredentialsError
 from conftest import small_recipe
 from mlflow import MlflowClient
 from searches import finished, interrupted, kill, wait_for
@@ -108,6 +109,23 @@ def test_nothing_is_done_twice(whole: tuple[list[str], Path, dict[str, Any]]) ->
     loss = result["contestants"][1]["summary"]["final_loss"]["mean"]
     assert tracked.data.metrics["lora/final_loss"] == pytest.approx(loss)
     assert {f.path for f in client.list_artifacts(tracked.info.run_id)} == {"comparison.html", "comparison.json"}
+
+
+def test_the_result_does_not_depend_on_mlflow(
+    whole: tuple[list[str], Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A store of artifacts that takes nothing, and a database that is not there yet, by a relative path."""
+    command, out, result = whole
+
+    def refuse(*arguments: object) -> None:
+        raise NoCredentialsError
+
+    monkeypatch.chdir(out.parent)
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    again = compare(command, out, "mlflow.enabled=true", "mlflow.tracking_uri=sqlite:///other.db")
+    assert exact(again) == exact(result)
+    assert "MLflow lacks what is in" in caplog.text
+    assert "Unable to locate credentials" in caplog.text
 
 
 def test_a_folder_belongs_to_one_recipe(

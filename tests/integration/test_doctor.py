@@ -27,6 +27,12 @@ def test_all_is_well(recipe_file: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("runs/*")), "nothing is left behind"
 
 
+def test_a_database_by_a_relative_path(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, checks = doctor(tmp_path, str(recipe_file), "mlflow.enabled=true", "mlflow.tracking_uri=sqlite:///new.db")
+    assert (status, checks["MLflow"]["state"]) == (0, "ok")
+
+
 def test_what_is_broken_is_found(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")

@@ -16,6 +16,7 @@ from peft import PeftModel
 from hyperlora import storage
 from hyperlora.adapters import build_base, load_tokenizer
 from hyperlora.config import parse
+from hyperlora.fingerprint import evaluation_fingerprint
 from hyperlora.tasks import build_task
 from pipelines.cli import main
 
@@ -159,6 +160,32 @@ def test_damaged_ends_of_runs_are_refused_by_name(
     file.write_bytes(data)
 
 
+def test_a_record_that_is_none_is_named(registered: tuple[Path, Any, dict[str, str]], capfd: Any) -> None:
+    _, _, sources = registered
+    file = Path(sources["other"]) / "run.json"
+    data = file.read_bytes()
+    for content in (b"{}", b"[1]", b'{"recipe": 3}'):
+        file.write_bytes(content)
+        assert main(["register", sources["other"], "--name", "arithmetic"]) == 2
+        assert f"got '{file}'; the record of a run, with its recipe" in " ".join(capfd.readouterr().err.split())
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "comparable"),
+    [
+        ({"optimizer": {"lr": 0.5}, "seed": 7}, True),
+        ({"data": {"source": "word-problems", "train_rows": 64, "eval_rows": 8, "completion": "question"}}, False),
+        ({"model": {"path": "builtin:storylm", "config": {"rope_theta": 5.0}}}, False),
+        ({"task": {"kind": "generation", "max_length": 95, "max_new_tokens": 8}}, False),
+    ],
+)
+def test_what_makes_two_metrics_comparable(tmp_path: Path, changes: dict[str, Any], comparable: bool) -> None:
+    one = small_recipe(tmp_path) | {"model": {"path": "builtin:storylm"}}
+    first, second = (evaluation_fingerprint(parse(content)) for content in (one, one | changes))
+    assert (first == second) is comparable
+
+
 def test_all_problems_at_once(tmp_path: Path, capfd: Any) -> None:
     words = ["register", "s3://key:topsecret@host/x", "--name", "a/b", "--non-inferior", "-1"]
     assert main(words) == 2
@@ -168,6 +195,10 @@ def test_all_problems_at_once(tmp_path: Path, capfd: Any) -> None:
     assert main(["register", str(tmp_path), "--name", "x"]) == 2
     assert "the folder of a finished run, study or search" in " ".join(capfd.readouterr().err.split())
     database = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert main(["pull", "models:/none/1", str(tmp_path / "x"), "--tracking-uri", f"sqlite:///{tmp_path}/no/m.db"]) == 2
+    assert "there is no such file" in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "no").exists()
+    MlflowClient(database).search_experiments()
     for model in ("arithmetic", "models:/none@champion", "models:/none/1"):
         assert main(["pull", model, str(tmp_path / "x"), "--tracking-uri", database]) == 2
         assert f"MODEL: got '{model}'" in " ".join(capfd.readouterr().err.split())

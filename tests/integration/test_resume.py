@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import small_recipe
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from hyperlora import checkpoint
+from hyperlora import checkpoint, runs
+from hyperlora.config import parse
+from hyperlora.training import RunInfo
 from pipelines.cli import main
 
 STEPS = 60
@@ -118,6 +121,31 @@ def test_resume_goes_on_in_the_same_mlflow_run(recipe_file: Path, tmp_path: Path
     assert tracked.info.status == "FINISHED"
     steps = [m.step for m in client.get_metric_history(tracked.info.run_id, "loss")]
     assert steps == list(range(1, STEPS + 1)), "no step is missing or logged twice"
+
+
+def test_resume_without_mlflow_or_on_another_server(recipe_file: Path, tmp_path: Path) -> None:
+    kill_after_a_checkpoint(recipe_file, "mlflow.enabled=true")
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    resumed = run(recipe_file, "mlflow.enabled=true", f"mlflow.tracking_uri={other}", "--resume")
+    client = MlflowClient(other)
+    tracked = client.get_run(resumed["mlflow_run_id"])
+    assert tracked.info.status == "FINISHED"
+    steps = [m.step for m in client.get_metric_history(tracked.info.run_id, "loss")]
+    assert steps == list(range(steps[0], STEPS + 1)), "what came after the checkpoint"
+    (first,) = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs(["1"])
+    kill_after_a_checkpoint(recipe_file, "mlflow.enabled=true")
+    assert run(recipe_file, "mlflow.enabled=false", "--resume")["mlflow_run_id"] is None
+    runs_there = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs(["1"])
+    assert {r.info.status for r in runs_there} == {"RUNNING"}, "as they were killed"
+    assert first.info.run_id in {r.info.run_id for r in runs_there}
+
+
+def test_names_that_begin_alike(tmp_path: Path) -> None:
+    content = small_recipe(tmp_path)
+    for name in ("exp", "exp-3"):
+        runs.record(RunInfo(f"{tmp_path}/runs/{name}-20260101-101010"), parse(content | {"name": name}))
+    found = [runs.unfinished(parse(content | {"name": name})).uri.rsplit("/", 1)[1] for name in ("exp", "exp-3")]
+    assert found == ["exp-20260101-101010", "exp-3-20260101-101010"]
 
 
 def test_what_cannot_be_resumed(recipe_file: Path, capfd: pytest.CaptureFixture) -> None:

@@ -339,6 +339,8 @@ def test_redacted(uri: str, shown: str) -> None:
 def test_secrets_within_a_text() -> None:
     text = "cannot reach 'http://u:pw@host:5000/x' or s3://b?token=abc but http://host:5000/a@b"
     assert without_secrets(text) == "cannot reach 'http://***@host:5000/x' or s3://b?token=*** but http://host:5000/a@b"
+    assert without_secrets("s3://b?sig=abc&x-secret-key=d") == "s3://b?sig=***&x-secret-key=***"
+    assert without_secrets("look ?design=x&sign=y") == "look ?design=x&sign=y"
 
 
 # ---------------------------------------------------------------- the source

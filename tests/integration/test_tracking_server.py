@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import NoCredentialsError
 from mlflow import MlflowClient
 from tracking_server import Server
 
-from hyperlora import spool
+from hyperlora import spool, tracking
+from hyperlora.config import MLflowConfig
 from hyperlora.tracking import MLflowSink
 from pipelines.cli import main
 
@@ -101,7 +103,7 @@ def stop_once_a_loss_is_there(server: Server, monkeypatch: pytest.MonkeyPatch) -
 
 
 def gone(*arguments: object) -> None:
-    raise ConnectionError("it went away halfway")
+    raise NoCredentialsError  # of the store that a server has its clients write to
 
 
 @pytest.mark.parametrize("how", ["deliver", "train"])
@@ -130,7 +132,7 @@ def test_what_a_run_that_has_ended_could_not_send_is_sent_later(
         with monkeypatch.context() as patch:
             patch.setattr(MlflowClient, "log_figure", gone)
             assert main(["deliver"]) == 1
-        assert "still waits: it went away halfway" in capsys.readouterr().out
+        assert "still waits: Unable to locate credentials" in capsys.readouterr().out
         assert main(["deliver"]) == 0
         assert "delivered" in capsys.readouterr().out
     else:
@@ -177,3 +179,17 @@ def test_training_goes_on_while_the_server_is_away(
     MLflowSink(server.uri, run_id).close()
     losses = json.loads((run / "result.json").read_text())["losses"]
     assert history(server, run_id, "loss") == list(enumerate(losses, 1))
+
+
+def test_an_experiment_that_another_run_makes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MLflowConfig(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="new")
+    client, looked, look = MlflowClient(config.tracking_uri), [], MlflowClient.get_experiment_by_name
+    made = client.create_experiment("new")
+
+    def late(asked: MlflowClient, name: str) -> object:
+        looked.append(name)
+        return None if len(looked) == 1 else look(asked, name)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
+    assert tracking.experiment(client, config) == made
+    assert looked == ["new", "new"]

@@ -27,6 +27,8 @@ NODES = [
         {"num_workers": 2, "gpus_per_worker": 1, "placement": "STRICT_SPREAD"},
         {"num_workers": 2, "gpus_per_worker": 1, "placement": "STRICT_PACK"},
         {"num_workers": 8, "gpus_per_worker": 0.5},
+        {"num_workers": 20, "gpus_per_worker": 0.2, "cpus_per_worker": 0.5},
+        {"num_workers": 30, "cpus_per_worker": 0.1},
     ],
 )
 def test_what_fits(asked: dict[str, Any]) -> None:

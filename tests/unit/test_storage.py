@@ -26,6 +26,7 @@ from hyperlora.storage import StorageError, patiently
         "https://host/file?X-Amz-Signature=topsecret",
         "https://account.blob.core.windows.net/rows.jsonl?sv=1&sig=topsecret",
         "simplecache::s3://AKIA:topsecret@bucket/runs",
+        "mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BUID%3Dme%3BPWD%3Dtopsecret",
     ],
 )
 def test_a_uri_with_a_secret_is_refused_without_repeating_it(uri: str) -> None:
@@ -44,6 +45,17 @@ def test_plain_uris_are_allowed_and_stay_as_they_are(uri: str) -> None:
     assert uris.redacted(uri) == uri
 
 
+@pytest.mark.parametrize("uri", ["memory://x", "http://host/x", "ftp://host/x"])
+def test_nothing_is_written_where_it_does_not_stay(uri: str) -> None:
+    assert uris.problem(uri) is None
+    assert uris.problem(uri, written=True) == "allowed: a path, or a URI that starts with s3://, gs:// or az://"
+    assert uris.problem("file:///tmp/runs", written=True) is None
+
+
+def test_a_home_folder_is_that() -> None:
+    assert storage.absolute("~/runs") == str(Path.home() / "runs")
+
+
 def test_a_missing_package_is_named() -> None:
     for uri, package, extra in (("gs://b/x", "gcsfs", "hyperadalora[gs]"), ("az://b/x", "adlfs", "hyperadalora[az]")):
         assert uris.problem(uri) == f"{uri[:2]}:// needs the package {package}: pip install '{extra}'"
@@ -52,7 +64,12 @@ def test_a_missing_package_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "part"), [("nope://b/x", "s3://, gs:// or az://"), ("s3:///x", "the bucket is missing")]
+    ("uri", "part"),
+    [
+        ("nope://b/x", "s3://, gs:// or az://"),
+        ("s3:///x", "the bucket is missing"),
+        ("out::v2", "no chain of them"),  # fsspec would write into "out"
+    ],
 )
 def test_what_is_no_uri(uri: str, part: str) -> None:
     assert part in str(uris.problem(uri))
