@@ -333,7 +333,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss, as for any torch optimizer.
             metrics: up to four numbers (1-d) that travel with the gradients: averaged over the workers into
                 ``stats["metrics"]``. If one of them or any gradient is not finite on any worker, the step changes
-                neither parameters nor moments, and ``stats["found_inf"]`` is 1.
+                neither parameters nor moments, and ``stats["found_inf"]`` is 1; a pruning event that is due goes by the
+                scores of the step before.
 
         Returns:
             What ``closure`` returned.

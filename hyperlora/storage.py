@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -246,13 +246,25 @@ def refuses_overwriting(uri: str, data: bytes) -> bool:
 
 def _flushed(path: Path, data: bytes) -> Path:
     """A temporary file beside ``path``, on the disk with all its bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.new")
-    with new.open("wb") as stream:
+    with _opened(new) as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
     return new
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """A new file in a folder that is made for it, while others may delete the folder because it is empty."""
+    left = 100
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("wb")
+        except FileNotFoundError:
+            left -= 1
+            if not left:
+                raise
 
 
 def _flush_folder(folder: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
-from hyperlora import optimizer
+from hyperlora import checkpoint, optimizer
 from hyperlora.config import parse
 from hyperlora.training import RunInfo, Silent, train
 
@@ -31,19 +33,23 @@ class _Death:
 
 
 class _Steps(Silent):
-    def __init__(self, death: _Death) -> None:
-        self._death = death
+    """Goes on after a checkpoint was due once it is there, so that what is killed later has one."""
+
+    def __init__(self, uri: str, every: int, death: Callable[[], None]) -> None:
+        self._uri, self._every, self._death = uri, every, death
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
+        due = (step - 1) // self._every * self._every
+        while due and due not in map(checkpoint.step_of, checkpoint.committed(self._uri)):
+            time.sleep(0.01)
         self._death()
 
 
 def _run(recipe: dict[str, Any], uri: str, where: Where, n: int) -> None:
     warnings.simplefilter("ignore")  # pytest, which shows each once, is in another process
-    death, sink = _Death(n), Silent()
-    if where == "step":
-        sink = _Steps(death)
-    elif where == "pruning event":
+    death, every = _Death(n), recipe["training"]["checkpoint_every"]
+    sink = _Steps(uri, every, death if where == "step" else lambda: None)
+    if where == "pruning event":
         # The mask is chosen; nothing of the event has been written.
         prune = optimizer.prune_to
 
@@ -53,7 +59,7 @@ def _run(recipe: dict[str, Any], uri: str, where: Where, n: int) -> None:
             return mask
 
         optimizer.prune_to = prune_to  # type: ignore[assignment]
-    else:
+    elif where == "write":
         fsync = os.fsync
 
         def flush(descriptor: int) -> None:

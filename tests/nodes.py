@@ -94,8 +94,9 @@ class Node:
         found = {}
         first = [psutil.Process(self._process.pid)] if self._process.poll() is None else []
         for process in [*first, *_with(self.folder)]:
-            for one in [process, *process.children(recursive=True)]:
-                found[one.pid] = one
+            with suppress(psutil.NoSuchProcess):  # it ended while it was looked at
+                for one in [process, *process.children(recursive=True)]:
+                    found[one.pid] = one
         return list(found.values())
 
     def drain(self) -> None:

@@ -17,6 +17,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Tokenised rows of earlier versions are none of the tests' business.
 _CACHE = tempfile.TemporaryDirectory(prefix="hyperlora-cache-")
 os.environ["HYPERLORA_CACHE"] = _CACHE.name
+# Nor is what waits on this machine for the MLflow of its user.
+os.environ["XDG_STATE_HOME"] = f"{_CACHE.name}/state"
 
 ARCHITECTURE = {
     "model_type": "llama",

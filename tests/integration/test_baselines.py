@@ -158,13 +158,19 @@ def test_peft_adalora_adds_pefts_own_penalty_and_does_not_report_it(recipe_file:
 
 def test_a_step_that_is_not_finite_changes_nothing(recipe_file: Path) -> None:
     for method in ("eva", "peft-adalora"):
-        optimizer = trainer_of(recipe_of(recipe_file, method), "unused").optimizer
-        before = {k: v.clone() for k, v in optimizer.state_dict()["state"].items()}
-        optimizer.step(metrics=torch.tensor([float("nan")]))
-        assert optimizer.stats["found_inf"] == 1
-        after = optimizer.state_dict()["state"]
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[k], after[k]) for k in before), method
+        trainer = trainer_of(recipe_of(recipe_file, method), "unused")
+        optimizer = trainer.optimizer
+        trainer.train_step(range(8))
+        for entry, metric in ((float("nan"), 1.0), (1.0, float("nan"))):
+            before = {k: v.clone() for k, v in optimizer.state_dict()["state"].items()}
+            for module in optimizer.layout.modules:
+                module.b.grad = torch.ones_like(module.b)
+            optimizer.layout.modules[1].b.grad[0, 0] = entry
+            optimizer.step(metrics=torch.tensor([metric]))
+            assert optimizer.stats["found_inf"] == 1
+            after = optimizer.state_dict()["state"]
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[k], after[k]) for k in before), method
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-import time
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import s3
 import yaml
 from conftest import small_recipe
 from mlflow import MlflowClient
-from nodes import Cluster, Node, hyperlora, submit, wait_until
+from nodes import TOKEN, Cluster, Node, hyperlora, submit, wait_until
 from safetensors.torch import load
 from tracking_server import Server
 
@@ -76,11 +80,13 @@ def saved(name: str) -> list[int]:
 
 def with_a_worker(nodes: list[Node]) -> list[Node]:
     """The nodes on which a training worker runs."""
-    return [n for n in nodes if any("RayTrainWorker" in " ".join(p.cmdline()) for p in n.processes() if alive(p))]
+    return [n for n in nodes if any(map(trains, n.processes()))]
 
 
-def alive(process: Any) -> bool:
-    return bool(process.is_running()) and process.status() != "zombie"
+def trains(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):  # it ended while it was looked at
+        return process.status() != psutil.STATUS_ZOMBIE and "RayTrainWorker" in " ".join(process.cmdline())
+    return False
 
 
 def follow(url: str, job: str) -> dict[str, Any]:
@@ -105,24 +111,34 @@ def test_more_than_the_cluster_can_give_is_refused_when_it_is_submitted(cluster:
     assert json.loads(listing.read_text()) == []
 
 
+TIMES = """
+import json, sys
+from hyperlora import jobs
+print(json.dumps([[job.start_time, job.end_time] for job in jobs.listed(jobs.connect(sys.argv[1]))]))
+"""
+
+
 @pytest.fixture(scope="module")
 def two_jobs(
     cluster: Cluster, places: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     """What came of two jobs of the same recipe at once, one with a worker more than the other, undisturbed."""
     folder = tmp_path_factory.mktemp("jobs")
-    found, began = [], time.monotonic()
+    found = []
     for name, workers in (("one", 1), ("two", 2)):
         path = write(folder, name, places | {"num_workers": workers}, steps=STEPS)
         found.append(submit(cluster.url, folder, "train", str(path), "--no-follow")["job_id"])
     listing = folder / "jobs.json"
     ends = [follow(cluster.url, job) for job in found]
     assert [e["exit"] for e in ends] == [0, 0], ends
-    listed = time.monotonic()
     assert hyperlora("jobs", "--address", cluster.url, "--json", str(listing)).returncode == 0
     ended = json.loads(listing.read_text())
     assert {j["job_id"]: j["status"] for j in ended} == dict.fromkeys(found, "SUCCEEDED")
-    assert sum(j["seconds"] for j in ended) > listed - began, "they were to run at once"
+    done = subprocess.run(
+        [sys.executable, "-c", TIMES, cluster.url], env=os.environ | TOKEN, capture_output=True, text=True, check=True
+    )
+    (start, end), (other_start, other_end) = json.loads(done.stdout.splitlines()[-1])
+    assert max(start, other_start) < min(end, other_end), "they were to run at once"
     return [dict(zip(("result", "adapter"), outcome(STORE, name), strict=True)) for name in ("one", "two")]
 
 
@@ -142,11 +158,15 @@ def test_a_node_dies_and_the_run_ends_with_the_same_adapter(
     victim = with_a_worker(cluster.nodes)[0]
     victim.kill()
     cluster.nodes.remove(victim)
+    (uri,) = (f"{STORE}/{run.removesuffix('/run.json')}" for run in storage.glob(STORE, "fixed-*/run.json"))
+    kept = checkpoint.load(checkpoint.committed(uri)[-1]).trainer["step_seconds"]
     done = follow(cluster.url, job["job_id"])
     assert done["exit"] == 0, done["shown"]
     result, adapter = outcome(STORE, "fixed")
     assert result["workers"] == 2
     assert done["shown"].count("loading model and data") == 2, "the run did not notice that a node died"
+    assert len(kept) >= 5
+    assert result["step_seconds"][: len(kept)] == kept, "no step of the checkpoint was taken twice"
     whole, expected = two_jobs[1]["result"], two_jobs[1]["adapter"]
     assert result["losses"] == whole["losses"]
     assert adapter.keys() == expected.keys()

@@ -23,6 +23,7 @@ from hyperlora import checkpoint, ownership, runs, storage
 from hyperlora.config import Recipe, parse
 from hyperlora.ownership import Lease, ReplacedError
 from hyperlora.training import RunInfo, Silent, train
+from hyperlora.uploads import Snapshot, Uploader
 from pipelines.cli import main
 
 STORE = "s3://bucket/runs"
@@ -221,12 +222,13 @@ class Outage(Silent):
     def __init__(self, server: s3.Server, run: str, stop: int, start: int) -> None:
         self._server, self._run, self._stop, self._start = server, run, stop, start
         self.failed: list[int] = []
+        self.over: list[int] = []
         self.warnings: list[tuple[int, str]] = []
         self.metrics: dict[str, list[float]] = {}
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Note the steps of checkpoints whose last attempt failed."""
-        write = checkpoint.write
+        """Note the steps of checkpoints whose last attempt failed, and of uploads that are over."""
+        write, upload = checkpoint.write, Uploader._upload
 
         def noted(run_uri: str, step: int, *arguments: Any, **options: Any) -> str:
             try:
@@ -235,7 +237,12 @@ class Outage(Silent):
                 self.failed.append(step)
                 raise
 
+        def whole(uploads: Uploader, snapshot: Snapshot) -> None:
+            upload(uploads, snapshot)
+            self.over.append(snapshot.step)
+
         monkeypatch.setattr(checkpoint, "write", noted)
+        monkeypatch.setattr(Uploader, "_upload", whole)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -245,15 +252,16 @@ class Outage(Silent):
             self._arrived(last)
             self._server.stop()
         if step in (self._stop + 4, self._start):
-            wait_for(lambda: last in self.failed)
+            wait_for(lambda: last in self.failed and last in self.over)
         if step == self._start:
             self._server.start()
         if step == self._start + 4:
             self._arrived(last)
 
     def _arrived(self, step: int) -> None:
-        """Wait until the checkpoint of a step is committed."""
-        wait_for(lambda: step in map(checkpoint.step_of, checkpoint.committed(self._run)))
+        """Wait until the checkpoint of a step is committed, and what came of it will be told."""
+        wait_for(lambda: step in self.over)
+        assert step in map(checkpoint.step_of, checkpoint.committed(self._run))
 
     def warning(self, monitor: str, step: int, message: str) -> None:
         self.warnings.append((step, message))
@@ -395,7 +403,7 @@ def test_what_is_wrong_with_a_store_is_told_before_training(
 
 @pytest.mark.usefixtures("proxy")
 def test_sigterm_saves_within_a_step_and_the_run_resumes_to_the_same_adapter(recipe_file: Path) -> None:
-    changes = ("training.steps=120", "training.checkpoint_every=40", "training.eval_every=7")
+    changes = ("training.steps=160", "training.checkpoint_every=90", "training.eval_every=7")
     whole = run(recipe_file, *changes)
     expected = adapter(whole)
     storage.remove_tree(STORE)
@@ -406,14 +414,14 @@ def test_sigterm_saves_within_a_step_and_the_run_resumes_to_the_same_adapter(rec
     assert running.returncode == 128 + signal.SIGTERM, message
     newest = checkpoint.load(checkpoint.committed(folder())[-1])
     step = newest.trainer["step"]
-    assert f"told to stop after step {step} of 120; the last checkpoint is {newest.uri}" in " ".join(message.split())
+    assert f"told to stop after step {step} of 160; the last checkpoint is {newest.uri}" in " ".join(message.split())
     assert len(newest.trainer["losses"]) == step
-    assert step % 40, "not one that was due anyway"
+    assert step > 90, "not the one that was due anyway"
     resumed = run(recipe_file, *changes, "--resume")
     assert adapter(resumed) == expected
     one, two = (json.loads(storage.read(f"{folder()}/result.json")), whole)
     assert one["losses"][-1] == two["loss_last"]
-    assert [e["step"] for e in one["evaluations"]] == [0, *range(7, 120, 7), 120]
+    assert [e["step"] for e in one["evaluations"]] == [0, *range(7, 160, 7), 160]
 
 
 @pytest.mark.usefixtures("proxy")

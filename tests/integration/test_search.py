@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import ray
 from conftest import small_recipe
 
-from hyperlora import runs, search
+from hyperlora import checkpoint, runs, search
 from hyperlora.config import RecipeError, parse
 from hyperlora.search import Result, Trial
 
@@ -41,8 +42,9 @@ def kill_the_worker(folder: Path) -> None:
     while not list(folder.glob("checkpoints/*/COMMIT")):
         time.sleep(0.01)
     for process in psutil.Process().children(recursive=True):
-        if "ray::_train" in " ".join(process.cmdline()):
-            process.kill()
+        with suppress(psutil.NoSuchProcess):  # it ended while it was looked at
+            if "ray::_train" in " ".join(process.cmdline()):
+                process.kill()
 
 
 @pytest.mark.usefixtures("cluster")
@@ -65,8 +67,7 @@ def test_a_worker_that_dies_fails_its_trial_which_can_go_on_later(tmp_path: Path
     killer.join()
     assert (found["long"].status, found["next"].status) == ("failed", "finished")
     assert "WorkerCrashedError" in str(found["long"].reason)
-    checkpoint = max((tmp_path / "long/checkpoints").iterdir())
-    first_part = runs.read(str(checkpoint), "trainer.json")["step_seconds"]
+    first_part = runs.read(checkpoint.committed(str(tmp_path / "long"))[-1], "trainer.json")["step_seconds"]
     outcome = run(long)["long"].outcome
     assert outcome is not None
     assert outcome["step_seconds"][: len(first_part)] == first_part

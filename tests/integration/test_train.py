@@ -186,7 +186,15 @@ def test_a_terminal_shows_one_bar(recipe_file: Path) -> None:
     """Loss, live rank, tokens per second, steps and time left, on one line that moves."""
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (40, 160))
-    command = [sys.executable, "-m", "pipelines.cli", "train", str(recipe_file), "training.steps=60"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "train",
+        str(recipe_file),
+        "training.steps=60",
+        "pruning.start=30",
+    ]
     process = subprocess.Popen(command, stdout=slave, stderr=slave, stdin=slave, env=os.environ | {"TERM": "xterm"})
     os.close(slave)
     shown = b""

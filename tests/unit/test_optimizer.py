@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hyperlora import METHODS, HyperAdaLoRA, Pruning
 from hyperlora.hypernetworks import HypernetworkSpec
+from hyperlora.pruning import prune_to
 from hyperlora.update_rules import LearningRates
 
 STEPS = 30
@@ -170,6 +171,22 @@ def test_a_non_finite_step_changes_nothing(method: str, rule: str, where: str) -
     losses = train_steps(model, optimizer, 3)
     assert all(math.isfinite(x) for x in losses)
     assert optimizer.stats["found_inf"].item() == 0
+
+
+@pytest.mark.parametrize("method", ["hyperadalora", "adalora"])
+def test_a_pruning_event_on_a_non_finite_step_goes_by_the_scores_before(method: str) -> None:
+    model = build_llama()
+    optimizer = build_optimizer(model, method, pruning=Pruning(interval=100, start=7, final=10))
+    train_steps(model, optimizer, 6)
+    wanted = prune_to(optimizer.mask, optimizer.stats["importance"], optimizer.live, optimizer.plan.events[7])
+    moments = {k: v.clone() for k, v in optimizer.state_dict()["state"].items() if k.startswith("adam.")}
+    ids = build_batch()
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.layout.modules[3].b.grad[0, 0] = float("nan")
+    optimizer.step()
+    assert wanted.sum() < wanted.numel()
+    assert torch.equal(optimizer.mask, wanted)
+    assert all(torch.equal(optimizer.state_dict()["state"][k], v) for k, v in moments.items())
 
 
 def test_clipping_bounds_the_norm_and_nothing_else() -> None:

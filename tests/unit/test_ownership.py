@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -91,20 +92,17 @@ def test_a_renewed_claim_of_another_machine_is_respected(tmp_path: Path) -> None
 
 def test_of_many_at_once_at_most_one_is_let_in(tmp_path: Path) -> None:
     for attempt in range(5):
-        start, won = threading.Barrier(6), []
+        start = threading.Barrier(6)
 
-        def race(run: str, start: threading.Barrier = start, won: list[Lease] = won) -> None:
+        def race(run: str, start: threading.Barrier = start) -> list[Lease]:
             start.wait()
             try:
-                won.append(Lease(run))
+                return [Lease(run)]
             except OwnedElsewhereError:
-                return
+                return []
 
-        threads = [threading.Thread(target=race, args=(f"{tmp_path}/{attempt}",)) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(6) as threads:
+            won = [lease for leases in threads.map(race, 6 * [f"{tmp_path}/{attempt}"]) for lease in leases]
         assert len(won) <= 1
         for lease in won:
             ownership.check(f"{tmp_path}/{attempt}", lease.owner)

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,26 @@ def test_a_missing_package_is_named() -> None:
 )
 def test_what_is_no_uri(uri: str, part: str) -> None:
     assert part in str(uris.problem(uri))
+
+
+def test_a_folder_that_others_empty_takes_files_all_the_same(tmp_path: Path) -> None:
+    """Deleting its last file deletes the folder, between the moment that it is made and that there is a file in it."""
+    over = threading.Event()
+
+    def come_and_go(name: str) -> None:
+        while not over.is_set():
+            storage.write(f"{tmp_path}/folder/{name}", b"x")
+            storage.remove(f"{tmp_path}/folder/{name}")
+
+    with ThreadPoolExecutor(2) as others:
+        going = [others.submit(come_and_go, name) for name in ("one", "two")]
+        try:
+            for n in range(300):
+                storage.create(f"{tmp_path}/folder/mine", b"%d" % n)
+                storage.remove(f"{tmp_path}/folder/mine")
+        finally:
+            over.set()
+    assert [thread.result() for thread in going] == [None, None]
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
