@@ -261,7 +261,7 @@ def _opened(path: Path) -> IO[bytes]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("wb")
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # mkdir's own, of a folder that is gone before it looks again
             left -= 1
             if not left:
                 raise
