@@ -366,9 +366,9 @@ class Recipe(Section):
     @property
     def has_lambda(self) -> bool:
         """Whether λ is updated for itself, with P and Q, and has a learning rate."""
-        method, form = METHODS[self.method], self.adapter.factorization
-        direct = form == "triplet" or (form is None and not method.hypernetwork)
-        return direct and method.singular_values and self.method not in BASELINES
+        method = METHODS[self.method]
+        triplets = method.singular_values and not method.fuses(self.adapter.factorization)
+        return triplets and self.method not in BASELINES
 
     def total_steps(self, train_rows: int) -> int:
         """T, optimizer steps of the run; the last incomplete batch of an epoch is dropped."""
@@ -674,11 +674,7 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
         add("ray.num_workers", r.num_workers, f"1 for method={recipe.method}, which averages no gradients over workers")
     if recipe.pruning.reactivation and METHODS[recipe.method].hypernetwork:
         add("pruning.reactivation", True, f"false for method={recipe.method}: a generated λ cannot be set to 0")
-    if (
-        METHODS[recipe.method].singular_values
-        and recipe.pruning.schedule == "cubic"
-        and recipe.pruning.count is not None
-    ):
+    if recipe.pruning.schedule == "cubic" and recipe.pruning.count is not None:
         add("pruning.count", recipe.pruning.count, "null for pruning.schedule=cubic, whose budget sets it")
     if recipe.optimizer.lambda_ratio != 1 and not recipe.has_lambda:
         allowed = "1 where no λ is updated for itself: that is in the triplets of methods with singular values"

@@ -60,6 +60,10 @@ class Method:
     dora: bool = False
     truncated: bool = False
 
+    def fuses(self, factorization: Factorization | None) -> bool:
+        """Whether λ and Q are one tensor; ``None`` is fused for generated factors and triplets for direct ones."""
+        return self.singular_values and (factorization or ("fused" if self.hypernetwork else "triplet")) == "fused"
+
 
 METHODS: dict[str, Method] = {
     "lora": Method(),
@@ -157,9 +161,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         #: Of the steps of direct factors.
         self.direction = direction = self._resolved_direction(direction, rule)
         #: Whether λ and Q are one tensor, S = diag(λ)Q.
-        self.fused = self.method.singular_values and (
-            factorization == "fused" or (factorization is None and self.method.hypernetwork)
-        )
+        self.fused = self.method.fuses(factorization)
         self.layout = FactorLayout(modules)
         self._adam_settings = adam or AdamSettings()
         if gamma is None:

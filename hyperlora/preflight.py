@@ -98,8 +98,8 @@ def meta_model(recipe: Recipe, task: Task, total_steps: int) -> PeftModel:
             base = factory.from_config(config, dtype=getattr(torch, recipe.model.dtype))
         except Exception as error:  # whatever a config that says nonsense leads to
             allowed = f"a model for task.kind={recipe.task.kind} ({type(error).__name__}: {first_line(error)[:300]})"
-            given = {"config": recipe.model.config} if recipe.model.config else {"path": recipe.model.path}
-            raise RecipeError([Problem(f"model.{k}", v, allowed) for k, v in given.items()]) from error
+            field = "config" if recipe.model.config else "path"
+            raise RecipeError([Problem(f"model.{field}", getattr(recipe.model, field), allowed)]) from error
         problems = weight_problems(recipe, base, task.num_labels) + _row_problems(recipe, task, base)
         if problems:
             raise RecipeError(problems)

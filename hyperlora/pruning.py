@@ -8,7 +8,7 @@ Shape legend: M adapted modules, r directions of each (the initial rank).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -65,9 +65,8 @@ class Pruning:
         """The same for a run of ``total_steps``, with every ``None`` but the count's filled in."""
         final = 2 * total_steps // 5 if self.final is None else self.final
         first = min(max(2, total_steps // 10), max(1, total_steps - final))
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
         return ResolvedPruning(
-            **given
+            **vars(self)
             | {
                 "interval": max(1, total_steps // 100) if self.interval is None else self.interval,
                 "start": first if self.start is None else self.start,

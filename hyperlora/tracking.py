@@ -316,7 +316,7 @@ def _artifact_location(uri: str) -> str | None:
     """Artifacts of a local database lie beside it; a server has a place of its own."""
     if not uri.startswith("sqlite:///"):
         return None
-    return (Path(uri.removeprefix("sqlite:///")).expanduser().absolute().parent / "mlartifacts").as_uri()
+    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
 
 
 def resume(recipe: Recipe, run_id: str) -> bool:

@@ -8,12 +8,11 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from fsspec.registry import known_implementations
 
-_SECRET = re.compile(r"key|secret|token|passw|credential|signature|^sig$|^sas$|^pwd$", re.IGNORECASE)
+_WORDS = "key|secret|token|passw|credential|signature"
+_SECRET = re.compile(rf"{_WORDS}|^sig$|^sas$|^pwd$", re.IGNORECASE)
 # A password may hold slashes that should have been escaped; digits before a slash are a port.
 _PASSWORD = re.compile(r"://[^/@\s'\"]*:(?!\d+/)[^@\s'\"]*@")
-_OPTION = re.compile(
-    r"([?&](?:[\w-]*(?:key|secret|token|passw|credential|signature)[\w-]*|sig|sas|pwd)=)[^&\s'\"]+", re.IGNORECASE
-)
+_OPTION = re.compile(rf"([?&](?:[\w-]*(?:{_WORDS})[\w-]*|sig|sas|pwd)=)[^&\s'\"]+", re.IGNORECASE)
 # Options within the value of one, as ODBC has them.
 _INNER = re.compile(r"(?:^|[;{\s])\s*(?:pwd|\w*(?:passw|secret|token|key)\w*)\s*=", re.IGNORECASE)
 #: Characters of one name in a path, as file systems have it.

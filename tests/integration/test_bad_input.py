@@ -49,6 +49,7 @@ def test_a_schedule_that_cannot_be_is_told_with_the_rest(recipe_file: Path, refu
         (["cluster.placement=CLOSE"], "cluster.placement: got 'CLOSE'; allowed: 'PACK', 'SPREAD'"),
         (["pruning.count=1", "pruning.interval=5"], "use count >= 10"),
         (["pruning.count=1", "pruning.schedule=cubic"], "pruning.count: got 1; null for pruning.schedule=cubic"),
+        (["method=lora", "pruning.count=1", "pruning.schedule=cubic"], "pruning.count: got 1; null for pruning.sched"),
         (["optimizer.lambda_ratio=2"], "optimizer.lambda_ratio: got 2.0; 1 where no λ is updated for itself"),
         (["pruning.start=19"], "no pruning event fits"),
         (["5=1"], "5: got 1; unknown key; allowed: name, description"),
