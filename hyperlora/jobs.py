@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import re
+import secrets
 import shlex
 import shutil
 import tempfile
@@ -198,11 +199,41 @@ def pinned() -> list[str]:
     return found
 
 
-def submit(client: JobSubmissionClient, job: Job, folder: Path) -> str:
-    """Submit a job whose working directory is ``folder``; returns its id."""
+def submit(client: JobSubmissionClient, job: Job, folder: Path, lost: Callable[[str], None]) -> str:
+    """Submit a job whose working directory is ``folder``, once, however often the connection is lost; returns its id.
+
+    Args:
+        client: of the cluster.
+        job: to submit.
+        folder: filled by :func:`pack`.
+        lost: told why the connection was lost.
+
+    Raises:
+        RecipeError: the cluster does not take it, or has not answered for ten minutes.
+    """
     entry = shlex.join(["python", "-m", "pipelines.cli", *job.words, *job.more])
     words = shlex.join(["hyperlora", *job.words])
-    return str(client.submit_job(entrypoint=entry, runtime_env=_runtime(job, folder), metadata={"hyperlora": words}))
+    # Chosen here: a job whose answer was lost on its way is recognised when it is sent again.
+    job_id = f"hyperlora-{secrets.token_hex(8)}"
+    since, told = time.monotonic(), False
+    while True:
+        try:
+            runtime, tags = _runtime(job, folder), {"hyperlora": words}
+            client.submit_job(entrypoint=entry, submission_id=job_id, runtime_env=runtime, metadata=tags)
+            return job_id
+        except RequestException as error:
+            if time.monotonic() - since > LOST:
+                allowed = f"a cluster that answers; it may have taken the job {job_id} ({first_line(error)})"
+                raise RecipeError([Problem("--address", client.get_address(), allowed)]) from error
+            if not told:
+                lost(first_line(error))
+                told = True
+        except RuntimeError as error:
+            if f"{job_id} already exists" in str(error):
+                return job_id
+            last = str(error).strip().splitlines()[-1]
+            raise RecipeError([Problem("job", words, f"one that the cluster takes ({last})")]) from error
+        time.sleep(RETRY)
 
 
 def _runtime(job: Job, folder: Path) -> dict[str, Any]:

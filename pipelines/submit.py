@@ -148,9 +148,13 @@ def with_files(words: Sequence[str], named: Sequence[str | None]) -> tuple[list[
 
 def send(client: JobSubmissionClient, job: jobs.Job, console: Console) -> tuple[str, int]:
     """Package and submit a job; returns its id and its size in bytes."""
+
+    def lost(reason: str) -> None:
+        console.print(Text(f"connection lost ({reason}); trying again", "yellow"), soft_wrap=True)
+
     with tempfile.TemporaryDirectory() as folder, console.status("packaging and submitting"):
         size = jobs.pack(job, Path(folder))
-        return jobs.submit(client, job, Path(folder)), size
+        return jobs.submit(client, job, Path(folder), lost), size
 
 
 def unset(names: Sequence[str]) -> list[Problem]:
@@ -192,7 +196,8 @@ def follow(address: str, job_id: str, console: Console) -> JobStatus:
 
     def lost(reason: str) -> None:
         start = "\n" if within_line else ""
-        console.print(f"{start}[yellow]connection lost ({reason}); the job goes on, trying again[/]", soft_wrap=True)
+        told = f"{start}connection lost ({reason}); the job goes on, trying again"
+        console.print(Text(told, "yellow"), soft_wrap=True)
 
     try:
         status = jobs.follow(address, job_id, show, lost)

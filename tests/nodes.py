@@ -191,10 +191,13 @@ class Line:
     Args:
         port: where it ends.
         delay: seconds that everything needs on its way there.
+        lose: the first connection on which this is sent is ended when its answer comes, which is lost.
     """
 
-    def __init__(self, port: int, delay: float = 0.0) -> None:
-        self._there, self._here, self._delay = port, free_port(), delay
+    def __init__(self, port: int, delay: float = 0.0, lose: bytes | None = None) -> None:
+        self._there, self._here, self._delay, self._lose = port, free_port(), delay, lose
+        self._doomed: set[socket.socket] = set()
+        self.lost = 0
         self.url = f"http://127.0.0.1:{self._here}"
         self._open: list[socket.socket] = []
         self.mend()
@@ -224,6 +227,13 @@ class Line:
         with suppress(OSError):  # cut
             while data := source.recv(65536):
                 time.sleep(delay)
+                if self._lose is not None and self._lose in data:
+                    self._lose = None
+                    self._doomed.add(target)
+                if source in self._doomed:
+                    self.lost += 1
+                    target.shutdown(socket.SHUT_RDWR)
+                    return
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
 

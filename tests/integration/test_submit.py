@@ -48,6 +48,13 @@ def results(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(p.read_text()) for p in sorted(folder.glob(f"runs/{name}-*/result.json"))]
 
 
+def listed(address: str, folder: Path) -> set[str]:
+    """Ids of the cluster's jobs."""
+    listing = folder / "jobs.json"
+    assert hyperlora("jobs", "--address", address, "--json", str(listing)).returncode == 0
+    return {job["job_id"] for job in json.loads(listing.read_text())}
+
+
 def test_a_job_trains_on_the_cluster_as_a_local_run_does(address: str, tmp_path: Path) -> None:
     """The shipped quickstart, a few steps of it."""
     fewer = ["training.steps=4", "training.checkpoint_every=2", "data.train_rows=64", "data.eval_rows=4"]
@@ -116,6 +123,18 @@ def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(addre
     whole = results(tmp_path, "long")[-1]
     assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-4)  # one worker, not two
     assert resumed["modules"] == whole["modules"]
+
+
+def test_a_job_whose_answer_is_lost_is_sent_once(cluster: Cluster, tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, "answered", steps=2)
+    before = listed(cluster.url, tmp_path)
+    line = Line(cluster.head.dashboard, lose=b"POST /api/jobs/")
+    done = submit(line.url, tmp_path, "train", str(path))
+    assert line.lost == 1
+    assert (done["exit"], done["status"]) == (0, "SUCCEEDED"), done["shown"]
+    assert "connection lost" in done["shown"]
+    assert listed(cluster.url, tmp_path) - before == {done["job_id"]}
+    assert len(results(tmp_path, "answered")) == 1
 
 
 def test_searches_are_jobs_that_share_the_cluster_and_the_rows(address: str, tmp_path: Path) -> None:
