@@ -154,18 +154,22 @@ def node(place: str | None = None, config: MLflowConfig | None = None) -> dict[s
     return {
         "host": os.uname().nodename,
         "versions": versions(),
+        "gpus": torch.cuda.device_count(),
         "time": [began, time.time()],
         "checks": [(c.name, c.state, c.found, c.advice) for c in checks],
     }
 
 
-def compare(here: Mapping[str, str], told: Mapping[str, Any], asked: float, answered: float) -> Iterator[Check]:
+def compare(
+    here: Mapping[str, str], told: Mapping[str, Any], asked: float, answered: float, gpus: float
+) -> Iterator[Check]:
     """How a node differs from here.
 
     Args:
         here: versions of this process.
         told: :func:`node` of the other.
         asked, answered: this machine's time before and after it was asked, seconds.
+        gpus: that Ray gives out there.
     """
     name = f"node {told['host']}"
     # Without what says for which device it was built: a laptop's torch is another than that of a node with a GPU.
@@ -183,6 +187,9 @@ def compare(here: Mapping[str, str], told: Mapping[str, Any], asked: float, answ
     skew = max(asked - began, ended - answered, 0.0)
     if skew > SKEW:
         yield Check(name, "warn", f"its clock differs by {skew:.0f} s", "let the nodes keep time (NTP)")
+    if gpus > told["gpus"]:
+        advice = "show the GPUs to its container (--gpus=all); its driver has to be new enough for this build of torch"
+        yield Check(name, "fail", f"Ray gives out {gpus:g} GPUs, torch sees {told['gpus']}", advice)
     for check in told["checks"]:
         yield Check(f"{name}, {check[0]}", *check[1:])
 

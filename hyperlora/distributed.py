@@ -30,6 +30,7 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 Event = tuple[str, tuple[Any, ...]]
 
+#: What Ray's clients take for the dashboard of their cluster, the first before the second.
+DASHBOARD = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 #: A resource that Ray gives to the head alone.
 HEAD = "node:__internal_head__"
 
@@ -177,8 +180,8 @@ def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterato
                 _start(shown | {"num_cpus": cpus, "include_dashboard": dashboard})
         else:
             _check_address(address)
-            if (told := tokens.warning(address)) is not None:
-                logger.warning(told)
+            if tokens.elsewhere(address) and _lets_all_in(address):
+                logger.warning(tokens.open_to_all(address))
             try:
                 with terminable():
                     ray.init(address=address, **shown)
@@ -190,6 +193,25 @@ def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterato
     finally:
         if mine:
             ray.shutdown()
+
+
+@contextmanager
+def _known_to_helpers() -> Iterator[None]:
+    """Ray Train's helpers ask the dashboard of the cluster that they are in.
+
+    The one that frees the places of a trial that was stopped asks whatever dashboard the environment names, and on a
+    machine with two clusters none.
+    """
+    before = {name: os.environ.get(name) for name in DASHBOARD}
+    os.environ |= dict(zip(DASHBOARD, ("", ray.get_runtime_context().gcs_address), strict=True))
+    ENV_VARS_TO_PROPAGATE.update(DASHBOARD)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _start(options: dict[str, Any], attempts: int = 3) -> None:
@@ -233,6 +255,16 @@ def _check_address(address: str) -> None:
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             raise _not_let_in(address, error.details()) from error
         # Ray's port for clients does not know this question; what is not Ray at all, Ray finds out.
+
+
+def _lets_all_in(address: str) -> bool:
+    """Whether a cluster answers without a token; Ray's port for clients does not say."""
+    try:
+        with grpc.insecure_channel(address) as channel:  # no token is added to this one
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=10)
+    except grpc.RpcError:
+        return False
+    return True
 
 
 def _not_let_in(address: str, reason: str) -> RecipeError:
@@ -305,7 +337,7 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         _worker(config)
 
     sink.phase("starting Ray")
-    with cluster(recipe, verbose), Notice() as notice:
+    with cluster(recipe, verbose), _known_to_helpers(), Notice() as notice:
         # Beside this process: they must not go with a node that only lends its workers.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         queue, orders = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -26,15 +26,16 @@ from urllib.parse import urlsplit
 import aiohttp
 import ray
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 from ray.exceptions import RayError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 from requests.exceptions import RequestException
 
-from hyperlora import autoscaling, tokens
+from hyperlora import autoscaling, tokens, uris
 from hyperlora.capacity import Growth, Node
 from hyperlora.config import Problem, RecipeError, first_line
 
@@ -44,8 +45,10 @@ IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "runs", "mlflow.d
 LARGEST = 64 * 2**20
 #: Seconds that a stopped job has for its checkpoint before it is killed.
 STOP_SECONDS = 300
-#: Seconds between attempts to follow a job whose connection was lost, and how long it may be lost.
+#: Seconds between attempts to reach a cluster whose connection was lost, and how long it may be lost.
 RETRY, LOST = 2.0, 600.0
+#: Seconds without output after which the connection that brings it is made anew: it may be open at this end alone.
+QUIET = 60.0
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 #: Extras of this package for stores that not everybody has.
@@ -80,6 +83,10 @@ class Job:
     more: Sequence[str] = ()
 
 
+class NoSuchJobError(RecipeError):
+    """The cluster has no submitted job of this id."""
+
+
 def connect(address: str) -> JobSubmissionClient:
     """A client of the cluster's dashboard.
 
@@ -106,6 +113,8 @@ def _only(address: str) -> Iterator[str]:
         RecipeError: it is no URL of a dashboard.
     """
     url = address if "://" in address else f"http://{address}"
+    if (allowed := uris.secret_problem(url)) is not None:
+        raise RecipeError([Problem("--address", uris.redacted(url), allowed)])
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -180,23 +189,33 @@ def pack(job: Job, folder: Path) -> int:
 
 
 def pinned() -> list[str]:
-    """The package's dependencies at the versions that are installed here, and those of its stores that are."""
-    found = []
-    for text in metadata.requires("hyperadalora") or []:
-        need = Requirement(text)
-        needed = need.marker is None or need.marker.evaluate({"extra": ""})
-        if not needed and not any(need.marker.evaluate({"extra": store}) for store in STORES):  # type: ignore[union-attr]
-            continue
-        try:
-            # Without what says for which device it was built: that is of this machine, and no index has it.
-            version = Version(metadata.version(need.name)).public
-        except metadata.PackageNotFoundError:
-            if needed:
-                raise
-            continue
-        extras = f"[{','.join(sorted(need.extras))}]" if need.extras else ""
-        found.append(f"{need.name}{extras}=={version}")
-    return found
+    """The package's dependencies, and theirs, at the versions that are installed here; of its stores those that are."""
+    found: dict[str, set[str]] = {}
+    waiting = [("hyperadalora", {"", *STORES})]
+    while waiting:
+        name, extras = waiting.pop()
+        for need in map(Requirement, metadata.requires(name) or []):
+            if need.marker is not None and not any(need.marker.evaluate({"extra": extra}) for extra in extras):
+                continue
+            known = found.setdefault(canonicalize_name(need.name), set())
+            new = ({""} | need.extras) - known
+            if new and _installed(need.name):
+                known |= new
+                waiting.append((need.name, new))
+    pins = []
+    for name, extras in sorted(found.items()):
+        if (version := _installed(name)) is not None:
+            asked = ",".join(sorted(extras - {""}))
+            pins.append(f"{name}[{asked}]=={version}" if asked else f"{name}=={version}")
+    return pins
+
+
+def _installed(name: str) -> str | None:
+    """The version, without what says for which device it was built: that is of this machine, and no index has it."""
+    try:
+        return Version(metadata.version(name)).public
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def submit(client: JobSubmissionClient, job: Job, folder: Path, lost: Callable[[str], None]) -> str:
@@ -212,13 +231,18 @@ def submit(client: JobSubmissionClient, job: Job, folder: Path, lost: Callable[[
         RecipeError: the cluster does not take it, or has not answered for ten minutes.
     """
     entry = shlex.join(["python", "-m", "pipelines.cli", *job.words, *job.more])
-    words = shlex.join(["hyperlora", *job.words])
+    return _sent(client, entry, _runtime(job, folder), shlex.join(["hyperlora", *job.words]), lost)
+
+
+def _sent(
+    client: JobSubmissionClient, entry: str, runtime: dict[str, Any], words: str, lost: Callable[[str], None]
+) -> str:
     # Chosen here: a job whose answer was lost on its way is recognised when it is sent again.
     job_id = f"hyperlora-{secrets.token_hex(8)}"
     since, told = time.monotonic(), False
     while True:
         try:
-            runtime, tags = _runtime(job, folder), {"hyperlora": words}
+            tags = {"hyperlora": words}
             client.submit_job(entrypoint=entry, submission_id=job_id, runtime_env=runtime, metadata=tags)
             return job_id
         except RequestException as error:
@@ -257,15 +281,16 @@ def growth(client: JobSubmissionClient, job: Job) -> Growth | None:
     small_job = replace(job, env=())  # no secrets: it needs none
     with tempfile.TemporaryDirectory() as folder:
         pack(small_job, Path(folder))
-        small = client.submit_job(
-            entrypoint="python -m hyperlora.autoscaling",
-            runtime_env=_runtime(small_job, Path(folder)),
-            metadata={"hyperlora": "(how far the autoscaler goes)"},
-        )
-    deadline = time.monotonic() + LOST
-    while (status := client.get_job_status(small)) not in ENDED and time.monotonic() < deadline:
+        runtime, what = _runtime(small_job, Path(folder)), "(how far the autoscaler goes)"
+        small = _sent(client, "python -m hyperlora.autoscaling", runtime, what, lambda reason: None)
+    deadline, status = time.monotonic() + LOST, JobStatus.PENDING
+    while status not in ENDED and time.monotonic() < deadline:
+        with suppress(RequestException):
+            status = client.get_job_status(small)
         time.sleep(0.5)
     text = client.get_job_logs(small)
+    if status not in ENDED:
+        client.stop_job(small)
     try:
         return autoscaling.read(text)
     except ValueError as error:
@@ -284,55 +309,77 @@ def follow(address: str, job_id: str, show: Callable[[str], None], lost: Callabl
         lost: told why the connection was lost.
 
     Raises:
-        RecipeError: there is no such job, or the cluster has not answered for ten minutes.
+        NoSuchJobError: there is no such job.
+        RecipeError: the cluster has not answered for ten minutes.
     """
-    shown, silent_since, told = 0, time.monotonic(), False
+    shown, lost_since = 0, None
     while True:
         try:
             client = connect(address)
-            status = client.get_job_status(job_id)
+            status = known(client, job_id, address).status
+            lost_since = None
             if status in ENDED:
                 show(client.get_job_logs(job_id)[shown:])
                 return status
             for text in _tail(client, job_id, shown):
                 shown += len(text)
                 show(text)
-                silent_since, told = time.monotonic(), False
+        except NoSuchJobError:
+            raise
         except (RecipeError, RuntimeError, aiohttp.ClientError, OSError) as error:
-            if isinstance(error, RuntimeError) and re.search(r"status code 404|does not exist", str(error)):
-                raise RecipeError([Problem("ID", job_id, f"a job of {address}; hyperlora jobs lists them")]) from error
-            if time.monotonic() - silent_since > LOST:
+            if lost_since is None:
+                lost(first_line(error))
+                lost_since = time.monotonic()
+            if time.monotonic() - lost_since > LOST:
                 allowed = f"a cluster that answers; it has not for {LOST / 60:.0f} minutes ({first_line(error)})"
                 raise RecipeError([Problem("--address", address, allowed)]) from error
-            if not told:
-                lost(first_line(error))
-                told = True
         time.sleep(RETRY)
 
 
+def known(client: JobSubmissionClient, job_id: str, address: str) -> JobDetails:
+    """A submitted job of the cluster.
+
+    Raises:
+        NoSuchJobError: there is none of this id.
+        RuntimeError: the cluster could not say.
+    """
+    try:
+        found = client.get_job_info(job_id)
+    except RuntimeError as error:
+        if re.search(r"status code 404|does not exist", str(error)):
+            allowed = f"a job of {address}; hyperlora jobs lists them"
+            raise NoSuchJobError([Problem("ID", job_id, allowed)]) from error
+        raise
+    if found.type != JobType.SUBMISSION:
+        allowed = (
+            "a job that was submitted; this one is a command that runs elsewhere, and is followed and stopped there"
+        )
+        raise NoSuchJobError([Problem("ID", job_id, allowed)])
+    return found
+
+
 def _tail(client: JobSubmissionClient, job_id: str, skip: int) -> Iterator[str]:
-    """New output while the job runs, past the first ``skip`` characters."""
+    """New output while the job runs, past the first ``skip`` characters; ends when there is none for a while."""
     stream = client.tail_job_logs(job_id)
-    with asyncio.Runner() as runner:
 
-        async def one() -> str | None:
-            return await anext(stream, None)
+    async def one() -> str | None:
+        return await asyncio.wait_for(anext(stream, None), QUIET)
 
-        try:
-            while (text := runner.run(one())) is not None:
-                new = text[skip:]
-                skip = max(0, skip - len(text))
-                if new:
-                    yield new
-        finally:
-            runner.run(stream.aclose())  # type: ignore[attr-defined]
+    # What is still at work when a signal comes, and the stream, are ended with the runner.
+    with asyncio.Runner() as runner, suppress(TimeoutError):
+        while (text := runner.run(one())) is not None:
+            new = text[skip:]
+            skip = max(0, skip - len(text))
+            if new:
+                yield new
 
 
-def each_node(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[str, Any, float, float]]:
+def each_node(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[dict[str, Any], Any, float, float]]:
     """Call a function on every living node of the cluster that this process is in.
 
     Yields:
-        Address of the node, what the function returned (or its exception), and the times before and after, seconds.
+        The node as Ray describes it, what the function returned (or its exception), and the times before and after,
+        seconds.
     """
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     for living in [n for n in ray.nodes() if n["Alive"]]:
@@ -343,7 +390,7 @@ def each_node(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[s
             answer: Any = ray.get(task.remote(*arguments), timeout=120)
         except RayError as error:
             answer = error
-        yield living["NodeManagerAddress"], answer, asked, time.time()
+        yield living, answer, asked, time.time()
 
 
 def listed(client: JobSubmissionClient) -> list[JobDetails]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from http.client import HTTPException
 from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 #: What a refused user can do.
 HOW = "give its token in RAY_AUTH_TOKEN, in a file named by RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token"
@@ -24,20 +26,31 @@ def use() -> None:
 
 
 def warning(address: str) -> str | None:
-    """What is to be said of an address on another machine when there is no token: anybody may run any code there."""
-    if known() or address == "auto":
+    """What is to be said of a dashboard on another machine that asks for no token: anybody may run any code there."""
+    url = address if "://" in address else f"http://{address}"
+    if not elsewhere(address) or not url.startswith(("http://", "https://")):
         return None
+    try:
+        # Without the token that is known here.
+        with urlopen(f"{url.rstrip('/')}/api/jobs/", timeout=10):
+            return open_to_all(address)
+    except (OSError, HTTPException, ValueError):
+        return None  # it asks for one, or is no dashboard, which is found out when it is used
+
+
+def elsewhere(address: str) -> bool:
+    """Whether an address is of another machine."""
     try:
         host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
     except ValueError:
-        return None  # refused as no address
+        return False  # refused as no address
     try:
-        local = ip_address(host).is_loopback
+        return not ip_address(host).is_loopback
     except ValueError:
-        local = host == "localhost"
-    if local:
-        return None
-    return (
-        f"{address} is another machine, and there is no token for it: if it asks for none, whoever reaches it can run "
-        "any code there"
-    )
+        return host not in ("", "localhost", "auto")
+
+
+def open_to_all(address: str) -> str:
+    """The warning about a cluster that asks for no token."""
+    where = address.rpartition("@")[2]
+    return f"{where} is another machine and asks for no token: whoever reaches it can run any code there"

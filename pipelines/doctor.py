@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 
+from ray.exceptions import RayTaskError
 from ray.job_submission import JobStatus
 from rich.console import Console
 from rich.text import Text
 
-from hyperlora import diagnosis, jobs
-from hyperlora.config import Recipe, RecipeError
+from hyperlora import capacity, diagnosis, jobs
+from hyperlora.config import Recipe, RecipeError, first_line
 from hyperlora.diagnosis import Check
 from hyperlora.tracking import versions
 from pipelines.common import load_recipe, write_json
@@ -31,15 +32,19 @@ def main(args: Namespace, console: Console) -> int:
     alone = args.address is None
     for check in _inside(recipe, json.loads(args.expect)) if args.expect else _here(recipe, alone):
         found.append(check)
-        line = Text.assemble((f"{check.state:4} ", STYLES[check.state]), (check.name, "bold"), f": {check.found}")
-        console.print(line, soft_wrap=True)
-        if check.advice:
-            console.print(Text(f"     {check.advice}"), soft_wrap=True)
+        _show(check, console)
     good = all(c.state != "fail" for c in found)
     if not alone:
         good = _on_cluster(args, console) and good
     write_json(args.json, {"good": good, "checks": [asdict(c) for c in found]})
     return 0 if good else 1
+
+
+def _show(check: Check, console: Console) -> None:
+    line = Text.assemble((f"{check.state:4} ", STYLES[check.state]), (check.name, "bold"), f": {check.found}")
+    console.print(line, soft_wrap=True)
+    if check.advice:
+        console.print(Text(f"     {check.advice}"), soft_wrap=True)
 
 
 def _here(recipe: Recipe, alone: bool) -> Iterator[Check]:
@@ -64,12 +69,13 @@ def _inside(recipe: Recipe, expected: dict[str, str]) -> Iterator[Check]:
         place: str | None = None
         with suppress(OSError):  # told above
             place = stack.enter_context(diagnosis.mark(recipe.storage.uri))
-        for address, told, asked, answered in jobs.each_node(diagnosis.node, place, recipe.mlflow):
+        for node, told, asked, answered in jobs.each_node(diagnosis.node, place, recipe.mlflow):
             if isinstance(told, BaseException):
                 advice = "look at the node's logs; is the package installed there?"
-                yield Check(f"node {address}", "fail", str(told).strip().splitlines()[0], advice)
+                reason = first_line(told.cause if isinstance(told, RayTaskError) else told)
+                yield Check(f"node {node['NodeManagerAddress']}", "fail", reason, advice)
             else:
-                yield from diagnosis.compare(expected, told, asked, answered)
+                yield from diagnosis.compare(expected, told, asked, answered, node["Resources"].get("GPU", 0))
 
 
 def _on_cluster(args: Namespace, console: Console) -> bool:
@@ -82,7 +88,12 @@ def _on_cluster(args: Namespace, console: Console) -> bool:
     if problems := [*unset(recipe.cluster.env), *unreachable(recipe)]:
         raise RecipeError(problems)
     client = jobs.connect(args.address)
-    console.print(Text.assemble(("ok   ", "green"), ("Jobs API", "bold"), f": {args.address} answers"), soft_wrap=True)
+    _show(Check("Jobs API", "ok", f"{args.address} answers"), console)
+    for problem in capacity.problems(recipe.ray, jobs.nodes(args.address)):
+        _show(
+            Check("room", "warn", str(problem), "a run waits for it where an autoscaler adds nodes, else is refused"),
+            console,
+        )
     words, files = with_files(["doctor", args.recipe, *args.overrides, *changes], [args.recipe])
     env = [*args.env, *recipe.cluster.env]
     job = jobs.Job(words, files, env, more=["--expect", json.dumps(versions())])

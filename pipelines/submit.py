@@ -30,9 +30,9 @@ def main(args: Namespace, inner: Namespace, console: Console) -> int:
         console: of the terminal.
     """
     settings, job, address = _job(args, inner)
+    client = jobs.connect(address)
     if told := tokens.warning(address):
         console.print(Text(told, "yellow"), soft_wrap=True)
-    client = jobs.connect(address)
     with jobs.answered(address):
         _check_room(settings, client, job, address, console)
         job_id, size = send(client, job, console)
@@ -103,8 +103,12 @@ def _at_once(search: Namespace) -> int:
 
 def on_cluster(name: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
     """A recipe as it runs on a cluster, and what its ``cluster`` part changes; what is typed counts more."""
-    typed = {o.partition("=")[0].strip() for o in overrides}
-    changes = [c for c in load_recipe(name, overrides).cluster.overrides() if c.partition("=")[0] not in typed]
+    typed = [o.partition("=")[0].strip() for o in overrides]
+    changes = [
+        c
+        for c in load_recipe(name, overrides).cluster.overrides()
+        if not any(f"{c.partition('=')[0]}.".startswith(f"{t}.") for t in typed)  # ray={...} is typed as well
+    ]
     return load_recipe(name, [*overrides, *changes]), changes
 
 
@@ -139,9 +143,9 @@ def with_files(words: Sequence[str], named: Sequence[str | None]) -> tuple[list[
             continue
         name = f"file{len(files)}-{Path(value).name}"
         files[name] = Path(value)
-        words = [
+        words[1:] = [
             name if word == value else word.removesuffix(value) + name if word.endswith(f"={value}") else word
-            for word in words
+            for word in words[1:]
         ]
     return words, files
 
@@ -245,11 +249,9 @@ def logs(args: Namespace, console: Console) -> int:
         status = follow(args.address, args.job, console)
         write_json(args.json, {"job_id": args.job, "status": status.value})
         return _exit(status)
-    try:
-        with jobs.answered(args.address):
-            text, status = client.get_job_logs(args.job), client.get_job_status(args.job)
-    except RuntimeError as error:
-        raise _no_job(args) from error
+    with jobs.answered(args.address):
+        status = jobs.known(client, args.job, args.address).status
+        text = client.get_job_logs(args.job)
     console.print(Text.from_ansi(text), soft_wrap=True)
     write_json(args.json, {"job_id": args.job, "status": status.value, "logs": text})
     return 0
@@ -258,19 +260,12 @@ def logs(args: Namespace, console: Console) -> int:
 def stop(args: Namespace, console: Console) -> int:
     """Tell a job to save a checkpoint and end, and wait for it; returns the exit status."""
     client = jobs.connect(args.address)
-    try:
-        with jobs.answered(args.address):
-            running = client.stop_job(args.job)
-            status = client.get_job_status(args.job)
-    except RuntimeError as error:
-        raise _no_job(args) from error
+    with jobs.answered(args.address):
+        status = jobs.known(client, args.job, args.address).status
+        running = client.stop_job(args.job)
     if running:
         status = follow(args.address, args.job, console)
     else:
         console.print(f"{args.job} is not running")
     write_json(args.json, {"job_id": args.job, "status": status.value})
     return 0 if running and status == JobStatus.STOPPED else 1
-
-
-def _no_job(args: Namespace) -> RecipeError:
-    return RecipeError([Problem("ID", args.job, f"a job of {args.address}; hyperlora jobs lists them")])

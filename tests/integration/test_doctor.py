@@ -48,24 +48,28 @@ def test_what_is_broken_is_found(recipe_file: Path, tmp_path: Path, monkeypatch:
 def test_nodes_that_differ() -> None:
     told = diagnosis.node()
     began, ended = told["time"]
-    same = list(diagnosis.compare(versions(), told, began - 1, ended + 1))
+    same = list(diagnosis.compare(versions(), told, began - 1, ended + 1, 0))
     assert same[0].found == "the same versions as here"
     assert not [c for c in same if "clock" in c.found]
     other = told | {"versions": told["versions"] | {"torch": "1.0"}}
-    checks = list(diagnosis.compare(versions(), other, began + 100, ended + 101))
+    checks = list(diagnosis.compare(versions(), other, began + 100, ended + 101, 0))
     assert checks[0].state == "fail"
     assert "torch 1.0 (here " in checks[0].found
     assert checks[1].found == "its clock differs by 100 s"
     major, minor, patch = versions()["python"].split(".")
     for python in (f"{major}.{minor}.{int(patch) + 1}", f"{major}.{int(minor) + 1}.{patch}"):
         other = told | {"versions": told["versions"] | {"python": python}}
-        (check, *_) = diagnosis.compare(versions(), other, began, ended)
+        (check, *_) = diagnosis.compare(versions(), other, began, ended, 0)
         assert check.state == "warn", python
     # A build for another device is no other version.
     here = versions() | {"torch": versions()["torch"].partition("+")[0]}
     other = told | {"versions": here | {"torch": f"{here['torch']}+cu130"}}
-    (check, *_) = diagnosis.compare(here, other, began, ended)
+    (check, *_) = diagnosis.compare(here, other, began, ended, 0)
     assert check.state == "ok"
+    # A container that its GPUs are not shown to.
+    without = told | {"gpus": 1}
+    found = [c.found for c in diagnosis.compare(versions(), without, began, ended, 4) if c.state == "fail"]
+    assert found == ["Ray gives out 4 GPUs, torch sees 1"]
 
 
 def test_a_node_that_does_not_share_the_storage(tmp_path: Path) -> None:

@@ -252,3 +252,6 @@ def test_packages_and_files_travel_with_the_job(tmp_path: Path) -> None:
     assert any(p.startswith("torch==") for p in pins)
     assert not [p for p in pins if "+" in p], "no index has a build for one device under its name"
     assert any(p.startswith("ray[default,train,tune]==") for p in pins)
+    assert any(p.startswith("botocore==") for p in pins), "what its dependencies need is pinned as well"
+    names = [p.partition("==")[0].partition("[")[0] for p in pins]
+    assert len(names) == len(set(names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import ray
 import yaml
 from conftest import small_recipe
 from mlflow import MlflowClient
+from nodes import TOKEN, Cluster
 from searches import finished, hear_ctrl_c, interrupted, kill, wait_for
 
 from pipelines.cli import main
@@ -152,6 +154,39 @@ def test_trials_of_several_workers_and_objectives(tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"out/trials/{t['trial']}/result.json").read_text())["workers"] == 2
         assert "adapter.target_rank" in t["values"]
     assert any(t["front"] for t in result["measured"])
+
+
+def test_trials_of_several_workers_are_stopped_early_and_leave_their_places(tmp_path: Path) -> None:
+    """Two at a time fill the machine, so that no other starts before the workers of one that was stopped have ended.
+
+    Ray's helper that ends them must not ask the other cluster, which the environment names.
+    """
+    command = [*prepare(tmp_path), "ray.cpus_per_worker=0.5", "--trials", "5", "--workers", "2"]
+    other = Cluster(1)
+    try:
+        words = [*command, "--concurrency", "2", "--json", str(tmp_path / "summary.json")]
+        env = os.environ | TOKEN | {"RAY_API_SERVER_ADDRESS": other.url}
+        subprocess.run([sys.executable, "-m", "pipelines.cli", *words], env=env, check=True, timeout=400)
+    finally:
+        other.kill()
+    result = json.loads((tmp_path / "summary.json").read_text())
+    assert result["complete"]
+    counts = result["counts"]
+    assert counts["failed"] == 0
+    assert counts["stopped"] > 0
+    assert counts["finished"] > 0
+    trials = tmp_path / "out/trials"
+    for t in result["measured"]:
+        if t["status"] == "stopped":
+            assert 0 < t["steps"] < 20
+            assert not (trials / t["trial"] / "result.json").exists(), "its workers went on"
+        else:
+            assert json.loads((trials / t["trial"] / "result.json").read_text())["workers"] == 2
+    # Each from when its point was chosen to its last report.
+    ends = ("values.json", "reports.json")
+    spans = [[(folder / name).stat().st_mtime for name in ends] for folder in trials.iterdir()]
+    at_once = [sum(start <= at < end for start, end in spans) for at, _ in spans]
+    assert max(at_once) == 2, "they were to run two at a time"
 
 
 def test_all_problems_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dashboard
 import pytest
+from nodes import wait_until
+from ray.job_submission import JobStatus
 
 from hyperlora import jobs, tokens
 from hyperlora.config import RecipeError
 from pipelines import submit
-from pipelines.cli import parse_arguments
+from pipelines.cli import main, parse_arguments
 from pipelines.common import load_recipe, shipped
 
 THERE = ["storage.uri=s3://bucket/runs", "mlflow.tracking_uri=http://mlflow:5000"]
@@ -91,8 +99,119 @@ def test_following_ends_when_the_cluster_answers_errors_for_too_long(monkeypatch
     assert len(told) == 1, "said once"
 
 
+class Shown(list[str]):
+    """What was shown."""
+
+    def __call__(self, text: str) -> None:
+        self.append(text)
+
+
+def following(url: str, shown: Shown, lost: Shown) -> Callable[[], JobStatus]:
+    """Follow in the background; returns what waits for the end."""
+    ends: list[JobStatus] = []
+    thread = threading.Thread(target=lambda: ends.append(jobs.follow(url, "job", shown, lost)), daemon=True)
+    thread.start()
+
+    def end() -> JobStatus:
+        thread.join(30)
+        assert ends, "it still follows"
+        return ends[0]
+
+    return end
+
+
+def test_a_job_that_is_silent_for_long_is_followed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is how long the cluster has not answered, not when the job last said something."""
+    monkeypatch.setattr(jobs, "RETRY", 0.2)
+    monkeypatch.setattr(jobs, "LOST", 0.5)
+    with dashboard.running() as there:
+        there.text = "one\n"
+        shown, lost = Shown(), Shown()
+        follower = following(there.url, shown, lost)
+        wait_until(lambda: shown == ["one\n"], 20)
+        time.sleep(1)
+        there.failing = 500
+        there.cut()
+        wait_until(lambda: lost, 20)
+        there.failing = 0
+        there.text, there.status = "one\ntwo\n", "SUCCEEDED"
+        assert follower() == JobStatus.SUCCEEDED
+    assert "".join(shown) == "one\ntwo\n"
+    assert len(lost) == 1
+
+
+def test_a_connection_that_brings_nothing_more_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that a router has forgotten: the job ends, and this end would never hear of it."""
+    monkeypatch.setattr(jobs, "QUIET", 0.5)
+    monkeypatch.setattr(jobs, "RETRY", 0.2)
+    with dashboard.running() as there:
+        there.text, there.quiet = "one\n", True
+        shown, lost = Shown(), Shown()
+        follower = following(there.url, shown, lost)
+        wait_until(lambda: shown, 20)
+        there.text, there.status = "one\ntwo\n", "FAILED"
+        assert follower() == JobStatus.FAILED
+    assert "".join(shown) == "one\ntwo\n"
+    assert not lost, "nothing was lost"
+
+
+def test_a_follower_ends_when_it_is_told_to() -> None:
+    with dashboard.running() as there:
+        there.text = "one\n"
+        command = [sys.executable, "-m", "pipelines.cli", "logs", "job", "--follow", "--address", there.url]
+        follower = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert follower.stdout is not None
+        assert follower.stdout.readline() == "one\n"
+        follower.terminate()
+        said, _ = follower.communicate(timeout=60)
+    assert follower.returncode == 143
+    assert "the job goes on" in said
+    assert "connection lost" not in said
+
+
+@pytest.mark.parametrize("command", [["logs", "job"], ["logs", "job", "--follow"], ["stop", "job"]])
+def test_what_is_no_submitted_job_is_refused(command: list[str], capfd: pytest.CaptureFixture) -> None:
+    with dashboard.running() as there:
+        there.kind = "DRIVER"
+        assert main([*command, "--address", there.url]) == 2
+        assert "ID: got 'job'; a job that was submitted; this one is a command" in capfd.readouterr().err
+        there.kind, there.failing = "SUBMISSION", 404
+        assert main([*command, "--address", there.url]) == 2
+        assert "hyperlora jobs lists them" in " ".join(capfd.readouterr().err.split())
+        assert not there.stops
+        if "--follow" not in command:  # which would wait for it
+            there.failing = 500
+            assert main([*command, "--address", there.url]) == 1
+            assert "the agent is gone" in capfd.readouterr().err
+
+
+def test_a_password_in_the_address_is_refused_and_not_shown(capfd: pytest.CaptureFixture) -> None:
+    for command in (["jobs"], ["logs", "job"], ["stop", "job"], ["submit", "train", "quickstart", *THERE]):
+        assert main([*command, "--address", "http://me:hunter2@head:8265"]) == 2
+        told = "".join(capfd.readouterr())
+        assert "--address: got 'http://***@head:8265'" in told
+        assert "hunter2" not in told
+
+
+def test_what_is_typed_counts_more_than_the_cluster_part() -> None:
+    part = ["cluster.num_workers=4", "cluster.storage_uri=s3://other/runs"]
+    recipe, changes = submit.on_cluster("quickstart", [*THERE, *part, "ray={num_workers: 8}"])
+    assert recipe.ray.num_workers == 8
+    assert changes == []
+    recipe, changes = submit.on_cluster("quickstart", [*part, "ray.cpus_per_worker=2"])
+    assert (recipe.ray.num_workers, recipe.storage.uri) == (4, "s3://other/runs")
+
+
+def test_a_recipe_named_like_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train").write_text("name: x\n")
+    words, files = submit.with_files(["train", "train", "--json", "x"], ["train"])
+    assert words == ["train", "file0-train", "--json", "x"]
+    assert files == {"file0-train": Path("train")}
+
+
 @pytest.mark.parametrize(
-    ("address", "warned"),
+    ("address", "elsewhere"),
     [
         ("http://head:8265", True),
         ("head:6379", True),
@@ -100,19 +219,24 @@ def test_following_ends_when_the_cluster_answers_errors_for_too_long(monkeypatch
         ("http://localhost:8265", False),
         ("127.0.0.1:6379", False),
         ("http://[::1]:8265", False),
+        ("http://[::1:8265", False),
         ("auto", False),
     ],
 )
-def test_another_machine_without_a_token_is_warned_of(
-    address: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
-    told = tokens.warning(address)
-    assert (told is not None) == warned
-    if told is not None:
-        assert "no token" in told
-        assert address in told
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
-    assert tokens.warning(address) is None
+def test_which_addresses_are_of_another_machine(address: str, elsewhere: bool) -> None:
+    assert tokens.elsewhere(address) == elsewhere
+
+
+@pytest.mark.parametrize("token", ["", "x"])
+def test_a_cluster_elsewhere_that_asks_for_no_token_is_warned_of(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever token is known here: Ray makes one for every user of a local cluster."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    with dashboard.running() as there:
+        assert tokens.warning(there.url) is None, "this machine"
+        monkeypatch.setattr(tokens, "elsewhere", lambda address: True)
+        told = tokens.warning(there.url)
+        assert told is not None
+        assert f"{there.url} is another machine and asks for no token" in told
+        there.token = "secret"
+        assert tokens.warning(there.url) is None
+    assert tokens.warning(there.url) is None, "nobody there"
