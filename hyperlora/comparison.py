@@ -24,12 +24,15 @@ from typing import Any, Literal
 import numpy as np
 from scipy import special
 
+from hyperlora.effects import mean_interval
 from hyperlora.figures import smooth
 from hyperlora.verdict import verdict
 
 Record = Mapping[str, Any]
 
 RESAMPLES, CONFIDENCE = 20_000, 0.95
+#: Of fewer values a bootstrap interval is far too narrow.
+FEWEST_TO_RESAMPLE = 5
 # Measures that a trial may never reach, and what stands in for them then: the whole run, in steps or seconds.
 LEVELS = {"steps_to_final": "steps", "steps_to_90": "steps", "seconds_to_final": "seconds", "seconds_to_90": "seconds"}
 MEASURES = (
@@ -141,21 +144,25 @@ def edge(records: Sequence[Record], contestant: str) -> Literal["low", "high"] |
 # -------------------------------------------------------------------- means and intervals
 
 
-def interval(values: Sequence[float]) -> dict[str, Any]:
+def interval(values: Sequence[float], *, ratios: bool = False) -> dict[str, Any]:
     """Mean over seeds with the expanded percentile bootstrap interval of the mean; no interval below two values.
 
     Read at Φ(−√(n/(n−1))·t_{n−1}) instead of 2.5 % (Hesterberg 2015, arXiv 1411.5279). Simulated with normal values it
     covers the mean in 91 % of the cases at n = 5 and 96 % at n = 10; the plain percentile interval in 83 and 91 %.
+    Below five values, where it would cover 52 to 87 %, it is the t interval, of ratios that of their logarithms.
     """
     x = np.asarray(values, dtype=float)
-    if not len(x):
-        return {"mean": None, "low": None, "high": None, "n": 0}
-    low, high = None, None
-    if (n := len(x)) > 1:
-        drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
-        tail = 100 * special.ndtr(math.sqrt(n / (n - 1)) * special.stdtrit(n - 1, (1 - CONFIDENCE) / 2))
-        low, high = (float(v) for v in np.percentile(x[drawn].mean(axis=1), [tail, 100 - tail]))
-    return {"mean": float(x.mean()), "low": low, "high": high, "n": len(x)}
+    n = len(x)
+    if n < FEWEST_TO_RESAMPLE:
+        found = mean_interval(x.tolist())
+        if ratios and n > 1:
+            logs = mean_interval(np.log(x).tolist())
+            found |= {side: math.exp(logs[side]) for side in ("low", "high")}
+        return found
+    drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
+    tail = 100 * special.ndtr(math.sqrt(n / (n - 1)) * special.stdtrit(n - 1, (1 - CONFIDENCE) / 2))
+    low, high = (float(v) for v in np.percentile(x[drawn].mean(axis=1), [tail, 100 - tail]))
+    return {"mean": float(x.mean()), "low": low, "high": high, "n": n}
 
 
 def rank_stability(ranks: Sequence[Sequence[int]]) -> float | None:
@@ -275,7 +282,7 @@ def _trial(record: Record, baseline: np.ndarray | None) -> dict[str, Any]:
         "target": target,
         **levels,
         "final_loss": final_loss(outcome["losses"]),
-        "auc": float(np.trapezoid(curve) / (len(curve) - 1)),
+        "auc": float(np.trapezoid(curve) / (len(curve) - 1)) if len(curve) > 1 else float(curve[0]),
         "metric": outcome["metric_after"],
         "held_out_loss": outcome["held_out_loss_after"],
         "seconds_per_step": float(np.mean(times)),
@@ -339,9 +346,9 @@ def _against(trials: list[dict[str, Any]], baseline: Mapping[int, Mapping[str, A
         assert under is not None
         return over / under
 
-    def entry(key: str, values: list[float]) -> dict[str, Any]:
+    def entry(key: str, values: list[float], ratios: bool) -> dict[str, Any]:
         reached = _reached([t for t, _ in paired], key)
-        return interval(values) | {"reached": reached, "seeds": seeds, "values": values}
+        return interval(values, ratios=ratios) | {"reached": reached, "seeds": seeds, "values": values}
 
-    ratios = {f"{key}_ratio": entry(key, [ratio(key, t, b) for t, b in paired]) for key in RATIOS}
-    return ratios | {f"{key}_difference": entry(key, [t[key] - b[key] for t, b in paired]) for key in DIFFERENCES}
+    found = {f"{key}_ratio": entry(key, [ratio(key, t, b) for t, b in paired], True) for key in RATIOS}
+    return found | {f"{key}_difference": entry(key, [t[key] - b[key] for t, b in paired], False) for key in DIFFERENCES}

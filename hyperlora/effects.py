@@ -7,6 +7,7 @@ interactions are strong. Factors are sum-coded; at points where a factor does no
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from scipy import special
 #: More distinct numbers than these are told apart by three bins of equal numbers of points.
 MOST_LEVELS, BINS = 5, 3
 CONFIDENCE = 0.95
+#: What is smaller than this part of the values is their rounding.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Fit:
     Attributes:
         beta: coefficients, (p,).
         covariance: of them, (p, p); zero when nothing is left to estimate it from.
-        residual: weighted sum of squares.
+        residual: weighted sum of squares; 0 when it is the values' rounding.
         freedom: degrees of freedom of the residual.
         x: the design, (n, p).
     """
@@ -101,19 +104,42 @@ class Fit:
     freedom: int
     x: np.ndarray
 
-    def contrast(self, c: np.ndarray) -> dict[str, float | None]:
-        """A combination of the coefficients with its t interval; None what the points cannot tell."""
+    @property
+    def testable(self) -> bool:
+        """Whether a residual is left that anything could be held against."""
+        return self.freedom > 0 and self.residual > 0
+
+    def contrast(self, c: np.ndarray, levels: int = 2) -> dict[str, float | None]:
+        """A combination of the coefficients with its interval and the p of its t test; None what cannot be told.
+
+        Args:
+            c: the combination, (p,).
+            levels: how many it is the largest difference of, which widens the interval.
+        """
         nothing: dict[str, float | None] = {"mean": None, "low": None, "high": None, "p": None}
         projected = np.linalg.pinv(self.x) @ self.x @ c
         if not np.allclose(projected, c, atol=1e-6):
             return nothing
         mean = float(c @ self.beta)
-        if self.freedom < 1:
+        if not self.testable:
             return nothing | {"mean": mean}
-        error = float(np.sqrt(max(0.0, c @ self.covariance @ c)))
-        half = float(special.stdtrit(self.freedom, 0.5 + CONFIDENCE / 2)) * error
-        p = 0.0 if error == 0 else float(2 * special.stdtr(self.freedom, -abs(mean) / error))
+        error = float(np.sqrt(c @ self.covariance @ c))
+        half = _reach(levels, self.freedom) * error
+        p = float(2 * special.stdtr(self.freedom, -abs(mean) / error))
         return {"mean": mean, "low": mean - half, "high": mean + half, "p": p}
+
+
+@functools.cache
+def _reach(levels: int, freedom: int) -> float:
+    """Standard errors to either side of the largest difference of some levels: Tukey's studentized range.
+
+    Of two levels it is Student's t.
+    """
+    if levels <= 2:
+        return float(special.stdtrit(freedom, 0.5 + CONFIDENCE / 2))
+    from scipy.stats import studentized_range  # takes a second to import
+
+    return float(studentized_range.ppf(CONFIDENCE, levels, freedom) / np.sqrt(2))
 
 
 def least_squares(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> Fit:
@@ -122,6 +148,8 @@ def least_squares(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> Fit:
     xw, yw = x * root[:, None], y * root
     beta, _, rank, _ = np.linalg.lstsq(xw, yw, rcond=None)
     residual = float(((yw - xw @ beta) ** 2).sum())
+    if residual <= ROUNDING**2 * float((yw**2).sum()):
+        residual = 0.0
     freedom = len(y) - int(rank)
     variance = residual / freedom if freedom > 0 else 0.0
     return Fit(beta, variance * np.linalg.pinv(xw.T @ xw), residual, freedom, x)
@@ -132,8 +160,8 @@ def main_effects(factors: Sequence[Factor], y: np.ndarray, weights: np.ndarray) 
 
     Returns:
         For each factor ``key``, ``label``, ``levels`` (each with ``label``, ``points`` and the adjusted ``mean``,
-        ``low``, ``high``), ``effect`` (highest minus lowest level, with ``from`` and ``to``), and ``p``, the F test of
-        all its levels.
+        ``low``, ``high``), ``effect`` (highest minus lowest level, with ``from`` and ``to``; its interval allows for
+        their being the extremes of all), and ``p``, the F test of all its levels.
     """
     blocks = [f.columns() for f in factors]
     x = np.hstack([np.ones((len(y), 1)), *blocks])
@@ -154,9 +182,12 @@ def main_effects(factors: Sequence[Factor], y: np.ndarray, weights: np.ndarray) 
         ]
         effect: dict[str, Any] = {"mean": None, "low": None, "high": None, "from": None, "to": None}
         if len(known) > 1:
-            lowest, highest = (pick(known, key=lambda i: float(means[i]["mean"] or 0.0)) for pick in (min, max))
-            effect = whole.contrast(rows[highest] - rows[lowest])
-            effect = {**effect, "from": f.levels[lowest], "to": f.levels[highest]}
+            lowest = min(known, key=lambda i: float(means[i]["mean"] or 0.0))
+            # Of equals the last, so that it is another level where all are equal.
+            highest = max(reversed(known), key=lambda i: float(means[i]["mean"] or 0.0))
+            gap = whole.contrast(rows[highest] - rows[lowest], len(known))
+            effect = {k: gap[k] for k in ("mean", "low", "high")}
+            effect |= {"from": f.levels[lowest], "to": f.levels[highest]}
         p = _joint_test(np.delete(x, np.r_[own], axis=1), whole, y, weights)
         found.append({"key": f.key, "label": f.label, "levels": levels, "effect": effect, "p": p})
         start += width
@@ -167,11 +198,9 @@ def _joint_test(without: np.ndarray, whole: Fit, y: np.ndarray, weights: np.ndar
     """p of the F test that some columns do nothing; None when it cannot be made."""
     less = least_squares(without, y, weights)
     extra = less.freedom - whole.freedom
-    if extra < 1 or whole.freedom < 1:
+    if extra < 1 or not whole.testable:
         return None
-    if whole.residual <= 1e-12 * max(less.residual, 1e-300):
-        return 0.0 if less.residual > 0 else 1.0
-    f = (less.residual - whole.residual) / extra / (whole.residual / whole.freedom)
+    f = max(0.0, less.residual - whole.residual) / extra / (whole.residual / whole.freedom)  # below 0 by rounding only
     return float(special.fdtrc(extra, whole.freedom, f))
 
 

@@ -37,7 +37,7 @@ def importances(
     """Share of the variance that each parameter alone explains, by key: ``mean``, ``low``, ``high`` over forests.
 
     A parameter that does not exist at a point counts there with its default. Empty when there are too few trials or
-    all values are equal.
+    their values vary by less than some 1e-8, which no tree splits.
 
     Args:
         parameters: with ``key`` and ``default`` beside what :func:`distribution` reads.
@@ -51,6 +51,9 @@ def importances(
     for values, y in trials:
         params = {p["key"]: values.get(p["key"], p["default"]) for p in parameters}
         study.add_trial(create_trial(params=params, distributions=distributions, value=y))
-    forests = [FanovaImportanceEvaluator(seed=seed).evaluate(study) for seed in range(FORESTS)]
+    try:
+        forests = [FanovaImportanceEvaluator(seed=seed).evaluate(study) for seed in range(FORESTS)]
+    except RuntimeError:  # no variance in any tree
+        return {}
     shares = {key: [forest[key] for forest in forests] for key in distributions}
     return {key: {"mean": float(np.mean(s)), "low": min(s), "high": max(s)} for key, s in shares.items()}

@@ -245,18 +245,19 @@ def _sent(
             tags = {"hyperlora": words}
             client.submit_job(entrypoint=entry, submission_id=job_id, runtime_env=runtime, metadata=tags)
             return job_id
-        except RequestException as error:
+        except (RequestException, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1].rstrip(".")
+            if f"{job_id} already exists" in reason:
+                return job_id
+            # A head that has just been started has nobody yet who takes jobs.
+            if isinstance(error, RuntimeError) and "No available agent" not in reason:
+                raise RecipeError([Problem("job", words, f"one that the cluster takes ({reason})")]) from error
             if time.monotonic() - since > LOST:
-                allowed = f"a cluster that answers; it may have taken the job {job_id} ({first_line(error)})"
+                allowed = f"a cluster that answers; it may have taken the job {job_id} ({reason})"
                 raise RecipeError([Problem("--address", client.get_address(), allowed)]) from error
             if not told:
-                lost(first_line(error))
+                lost(reason)
                 told = True
-        except RuntimeError as error:
-            if f"{job_id} already exists" in str(error):
-                return job_id
-            last = str(error).strip().splitlines()[-1]
-            raise RecipeError([Problem("job", words, f"one that the cluster takes ({last})")]) from error
         time.sleep(RETRY)
 
 

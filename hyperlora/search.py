@@ -159,6 +159,8 @@ def _recorded(plan: Plan, done: dict[str, Result], at_work: set[str]) -> Iterato
             runs.check_same(trial.uri, trial.recipe)
             found = recorded(trial)
             if found is not None:
+                if found.status == "failed":
+                    drop_checkpoints(trial.uri)  # its process may have been killed before it did
                 done[trial.name] = found
                 yield found
 
@@ -212,6 +214,7 @@ def _train(content: dict[str, Any], uri: str, rows: str) -> None:
             training.train(recipe, RunInfo(uri, rows=rows), sink=PeakMemory(uri))
         except NonFiniteError as error:
             write(uri, DIVERGED, {"reason": str(error)})
+            drop_checkpoints(uri)
             raise
         warm_start.keep_networks(uri)
         # They served to go on after a kill; a search of a hundred trials would keep gigabytes of them.

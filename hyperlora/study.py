@@ -17,6 +17,7 @@ from hyperlora.comparison import Record, final_loss, rank_stability, select_rate
 from hyperlora.effects import Factor, factor, interactions, main_effects, mean_interval, show
 from hyperlora.importance import importances
 from hyperlora.study_verdict import verdict
+from hyperlora.verdict import beyond
 
 REFERENCE = "lora"
 INTERVAL, COUNT, GAMMA = "pruning.interval", "pruning.count", "gamma"
@@ -114,7 +115,8 @@ def analyse(records: Sequence[Record], plan: Mapping[str, Any]) -> dict[str, Any
         trials = [(p["values"], value) for p in usable for value in p["by_seed"].values()]
         result["importances"] = importances(varied, trials)
         result["heat_maps"] = _heat_maps(factors, usable, plan)
-    result["recommended"] = _recommended(usable, plan["seeds"], higher)
+    one_row = 1 / result["held_out_rows"] if known and result["share"] else 0.0
+    result["recommended"] = _recommended(usable, plan["seeds"], higher, one_row)
     reference = result["reference_measured"]
     result["dynamic_rank"] = _dynamic_rank(_of_equal_size(usable, reference), reference, higher)
     result["pareto"] = _pareto(usable, result["reference_measured"], higher)
@@ -157,7 +159,9 @@ def _reference(records: Sequence[Record], plan: Mapping[str, Any]) -> dict[str, 
         for r in own
         if r["status"] == "finished" and r["stage"] == "report" and best is not None and np.isclose(r["lr"], best)
     ]
-    return {**plan["reference"], "lr": best, **_measures(sorted(chosen, key=lambda r: r["seed"]), plan["metric"])}
+    failed = bool(own) and not chosen and all(r["status"] != "missing" for r in own)
+    measures = _measures(sorted(chosen, key=lambda r: r["seed"]), plan["metric"])
+    return {**plan["reference"], "lr": best, "failed": failed, **measures}
 
 
 def _noise(points: Sequence[Mapping[str, Any]]) -> float | None:
@@ -172,7 +176,7 @@ def _noise(points: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _recommended(
-    points: Sequence[Mapping[str, Any]], seeds: Sequence[int], higher: bool | None
+    points: Sequence[Mapping[str, Any]], seeds: Sequence[int], higher: bool | None, one_row: float
 ) -> dict[str, Any] | None:
     """The point with the best mean among those that finished under most seeds, and how many cannot be told from it."""
     if not points:
@@ -180,7 +184,7 @@ def _recommended(
     most = max(p["n"] for p in points)
     whole = [p for p in points if p["n"] == most]
     best = _best(whole, [str(s) for s in seeds], higher)
-    alike = [p["point"] for p in whole if p is not best and not _differs(p, best)]
+    alike = [p["point"] for p in whole if p is not best and not _differs(p, best, one_row)]
     return {"point": best["point"], "values": best["values"], "alike": alike, "compared": len(whole) - 1}
 
 
@@ -192,10 +196,9 @@ def _best(points: Sequence[Any], seeds: Sequence[str], higher: bool | None) -> A
     return min(points, key=score)
 
 
-def _differs(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+def _differs(a: Mapping[str, Any], b: Mapping[str, Any], one_row: float) -> bool:
     shared = [s for s in a["by_seed"] if s in b["by_seed"]]
-    gap = mean_interval([a["by_seed"][s] - b["by_seed"][s] for s in shared])
-    return gap["low"] is not None and (gap["low"] > 0 or gap["high"] < 0)
+    return beyond(mean_interval([a["by_seed"][s] - b["by_seed"][s] for s in shared]), one_row)
 
 
 def _of_equal_size(
@@ -215,6 +218,7 @@ def _dynamic_rank(
     """Pruned adapters minus uniform LoRA, under each seed: the point that the *other* seeds chose, and all points.
 
     A point that is chosen by the seeds it is judged by owes part of its lead to luck; chosen by the others it does not.
+    None where no seed can judge what others chose.
     """
     if reference is None or not reference["by_seed"] or not points:
         return None
@@ -222,10 +226,10 @@ def _dynamic_rank(
     chosen = []
     for seed in shared:
         others = [s for s in shared if s != seed]
-        candidates = [p for p in points if seed in p["by_seed"] and (not others or set(others) & set(p["by_seed"]))]
-        if not candidates:  # as long as trials are missing, or have failed crosswise
+        candidates = [p for p in points if seed in p["by_seed"] and set(others) & set(p["by_seed"])]
+        if not candidates:  # with one seed, as long as trials are missing, or when they have failed crosswise
             continue
-        best = _best(candidates, others or [seed], higher)
+        best = _best(candidates, others, higher)
         chosen.append(best["by_seed"][seed] - reference["by_seed"][seed])
     if not chosen:
         return None

@@ -268,8 +268,10 @@ def _guide(result: Result) -> str:
         ),
         (
             "Differences and their intervals",
-            "Least squares on the points' means with every knob's levels as sum-coded factors; 95 % t intervals. Noise "
-            "and interactions are both in the residual. p is the F test that a knob does nothing.",
+            "Least squares on the points' means with every knob's levels as sum-coded factors; 95 % intervals. Noise "
+            "and interactions are both in the residual. Levels and pairs have t intervals; a knob's difference is that "
+            "of its highest and lowest level of all, and its interval Tukey's. p is the F test that a knob does "
+            "nothing. A fit that leaves no residual gives neither.",
         ),
         (
             "A knob that exists at some points only",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hyperlora.effects import show
-from hyperlora.verdict import change, difference, number, words
+from hyperlora.verdict import beyond, change, difference, number, one_row, words
 
 #: Claims are made at this level, shared among all of a kind (Bonferroni).
 LEVEL = 0.05
@@ -33,10 +33,7 @@ def verdict(result: Mapping[str, Any]) -> str:
             f"Between seeds the modules' final ranks correlate with ρ = {number(stability['mean'])} on average."
         )
     if result["share"]:
-        sentences.append(
-            f"One of the {result['held_out_rows']:,} held-out rows is {number(100 / result['held_out_rows'])} points; "
-            "smaller differences mean nothing."
-        )
+        sentences.append(one_row(result["held_out_rows"]))
     return " ".join(s for s in sentences if s)
 
 
@@ -47,6 +44,11 @@ def _knobs(result: Mapping[str, Any]) -> str:
     effects = sorted(effects, key=lambda e: -e["effect"]["mean"])
     strong = [e for e in effects if matters(e, result)]
     metric = words(result["metric"])
+    if all(e["p"] is None for e in effects):
+        return (
+            f"The points leave no noise by which a knob's change of {metric} could be told from chance; the largest "
+            f"difference is that of {_effect(effects[0], result)}."
+        )
     if not strong:
         return (
             f"No knob changes {metric} beyond chance; the largest difference is that of {_effect(effects[0], result)}."
@@ -87,12 +89,18 @@ def _setting(result: Mapping[str, Any]) -> str:
 
 def _dynamic(result: Mapping[str, Any]) -> str:
     found, reference = result["dynamic_rank"], result["reference_measured"]
+    if reference is None:
+        return ""
+    if reference["failed"]:
+        return f"{reference['label']} failed, so that nothing can be said of dynamic rank."
+    if not reference["by_seed"]:
+        return f"{reference['label']} has not finished: no word on dynamic rank yet."
     if found is None:
-        return "" if reference is None else f"{reference['label']} has not finished: no word on dynamic rank yet."
+        return "Whether dynamic rank pays is not told: one seed has to choose the setting that another one judges."
     gap, higher = found["chosen"], result["higher_is_better"]
     if gap["low"] is None:
         claim = "One seed does not tell whether dynamic rank pays"
-    elif gap["low"] <= 0 <= gap["high"]:
+    elif not beyond(gap, 1 / result["held_out_rows"] if result["share"] else 0.0):
         claim = "That dynamic rank pays on this task is not shown"
     elif (gap["mean"] > 0) == higher:
         claim = "Dynamic rank pays on this task"

@@ -144,7 +144,7 @@ def start_search(
         recipe: says where MLflow is.
         uri: of the search's folder.
         name: of the run.
-        params: of the run.
+        params: of the run; as tags they are those of the newest start.
         kind: comparison, study or tuning.
         tags: beside versions, git state, kind and folder.
 
@@ -158,12 +158,15 @@ def start_search(
         # MLflow's filters know no escapes: the folder is compared here.
         earlier = client.search_runs([experiment_id], f"tags.`hyperlora.kind` = '{kind}'")
         same = [run.info.run_id for run in earlier if run.data.tags["hyperlora.run_uri"] == uri]
+        # MLflow lets no param change: what an earlier start had need not be what the figures belong to.
+        every = {f"hyperlora.{k}": str(v)[:VALUE] for k, v in params.items()}
+        every |= {**(tags or {}), "hyperlora.kind": kind, "hyperlora.run_uri": uri}
+        every |= {f"version.{k}": v for k, v in versions().items()} | git_state()
         if same:
             client.update_run(same[0], status="RUNNING")
+            client.log_batch(same[0], tags=[RunTag(k, v) for k, v in every.items()])
             return str(same[0])
-        tags = {**(tags or {}), "mlflow.runName": name, "hyperlora.kind": kind, "hyperlora.run_uri": uri}
-        tags |= {f"version.{k}": v for k, v in versions().items()} | git_state()
-        run_id = client.create_run(experiment_id, tags=tags).info.run_id
+        run_id = client.create_run(experiment_id, tags=every | {"mlflow.runName": name}).info.run_id
         client.log_batch(run_id, params=[Param(k, str(v)[:VALUE]) for k, v in params.items()])
     except ERRORS as error:
         raise unreachable(recipe.mlflow.tracking_uri, error) from error

@@ -18,6 +18,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +168,8 @@ def run(
             waiting.append(trial)
             continue
         past += 1
+        # A run that was killed kept them.
+        drop_checkpoints(trial.uri)
         try:
             _tell(proposals, search, result)
         except ValueError as error:
@@ -181,10 +184,16 @@ def run(
         # Tune's new output prints tables whatever its verbosity is.
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     rows = share_rows(recipe) if trainable is None else ""
-    with cluster(recipe, verbose, dashboard=settings.most > 1), Notice(interrupts=True) as notice:
+    # What is left for the end is done however the search ends, when the processes of its trials are gone.
+    with (
+        ExitStack() as end,
+        cluster(recipe, verbose, dashboard=settings.most > 1),
+        Notice(interrupts=True) as notice,
+    ):
         most = _capacity(recipe)
         at_once = max(1, min(most, search.concurrency or most))
         driver = _Driver(search, proposals, waiting, lambda trial: started(trial, at_once), over, notice)
+        end.callback(driver.drop_checkpoints)
         alone = settings.most == 1
         own = {"CPU": settings.cpus_per_worker} | (
             {"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}
@@ -215,8 +224,6 @@ def run(
             raise RuntimeError(f"the search ended: {_why(str(error))}; the same command goes on") from error
         finally:
             storage.tidy(f"{search.uri}/ray")
-    for trial in driver.stopped:
-        drop_checkpoints(trial.uri)
 
 
 def _capacity(recipe: Recipe) -> int:
@@ -243,7 +250,7 @@ def _asha(stopping: Stopping) -> ASHAScheduler:
 
 def _replay(scheduler: ASHAScheduler | None, result: Result) -> None:
     """Let ASHA know what a trial of an earlier run reported, so that its rungs are what they were."""
-    if scheduler is None or result.status == "failed":
+    if scheduler is None:
         return
     trial: Any = SimpleNamespace(trial_id=result.trial.name)
     scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
@@ -274,7 +281,7 @@ class _Driver(tune.Callback):
         self._started, self._told, self._notice = started, over, notice
         self._number = 1 + max((int(t.name.removeprefix("t")) for t in known(search)), default=0)
         self._running: dict[str, Trial] = {}
-        self.stopped: list[Trial] = []
+        self._stopped: list[Trial] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray Tune pickles its experiment for a restore, which nothing here makes
@@ -310,7 +317,7 @@ class _Driver(tune.Callback):
             why = f"stopped early at step {step}: others were better by then"
             write(own.uri, STOPPED, {"step": step, "reason": why})
             result = Result(own, "stopped", why, None, None)
-            self.stopped.append(own)
+            self._stopped.append(own)
         self._over(result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -318,6 +325,11 @@ class _Driver(tune.Callback):
         # Here and as text: what is in the store by now may lack it, and the error itself is a pickle.
         text = Path(trial.error_file).read_text(encoding="utf-8")
         self._over(recorded(own) or Result(own, "failed", _why(text), None, None))
+
+    def drop_checkpoints(self) -> None:
+        """Remove those of the trials that were stopped."""
+        for trial in self._stopped:
+            drop_checkpoints(trial.uri)
 
     def _over(self, result: Result) -> None:
         _tell(self._proposals, self._search, result)
@@ -385,6 +397,7 @@ def train_trial(info: RunInfo) -> None:
                     _train_workers(recipe, info, sink)
             except NonFiniteError as error:
                 write(uri, DIVERGED, {"reason": str(error)})
+                drop_checkpoints(uri)
                 raise
             drop_checkpoints(uri)
             done = runs.result(uri)

@@ -41,7 +41,8 @@ def analyse(records: Sequence[Record], plan: Mapping[str, Any]) -> dict[str, Any
     costs = [[_cost(r["outcome"], o, metric) for o in plan["objectives"]] for r in finished]
     on_front = {r["trial"] for r, best in zip(finished, front(costs), strict=True) if best}
     best = min(zip(costs, finished, strict=True), key=lambda e: e[0], default=None)
-    spent = [_steps(r, plan["steps"]) for r in over]
+    # Those that failed would not have gone on without early stopping.
+    spent = [_steps(r, plan["steps"]) for r in over if r["status"] != "failed"]
     names = [r["trial"] for r in records if r["status"] == "running"]
     result = {key: plan[key] for key in (*PLAN, "provenance")} | {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -55,7 +56,7 @@ def analyse(records: Sequence[Record], plan: Mapping[str, Any]) -> dict[str, Any
         "best": None if best is None else {"trial": best[1]["trial"], "values": best[1]["values"]},
         "measured": [_trial(r, metric, r["trial"] in on_front, plan["steps"]) for r in records],
         "steps_spent": sum(spent),
-        "steps_without_stopping": plan["steps"] * len(over),
+        "steps_without_stopping": plan["steps"] * len(spent),
         "importances": importances(
             plan["parameters"], [(r["values"], measured(r["outcome"], metric)[0]) for r in finished]
         ),

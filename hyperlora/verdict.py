@@ -24,12 +24,24 @@ def needs_more(c: Contestant) -> bool:
     return low is not None and round(low, 2) > 1
 
 
-def metric_side(c: Contestant, higher_is_better: bool) -> int:
-    """1 when the held-out metric is better beyond its interval, -1 when it is worse, 0 when neither."""
-    m = c["against_baseline"][METRIC]
-    if m["low"] is None or m["low"] <= 0 <= m["high"]:
+def beyond(gap: Mapping[str, Any], row: float) -> bool:
+    """Whether a difference's interval leaves out 0, and the difference is more than that of one held-out row.
+
+    Differences that are alike under all seeds have an interval without width, and may be one row's.
+
+    Args:
+        gap: ``mean``, ``low`` and ``high``.
+        row: what one held-out row makes of the metric; 0 for a metric that does not count rows.
+    """
+    return gap["low"] is not None and not gap["low"] <= 0 <= gap["high"] and abs(gap["mean"]) > row * (1 + 1e-9)
+
+
+def metric_side(c: Contestant, result: Mapping[str, Any]) -> int:
+    """1 when the held-out metric is better beyond its interval and one row, -1 when it is worse, 0 when neither."""
+    m, higher = c["against_baseline"][METRIC], result["higher_is_better"]
+    if not beyond(m, 1 / result["held_out_rows"] if higher else 0.0):
         return 0
-    return 1 if (m["mean"] > 0) == higher_is_better else -1
+    return 1 if (m["mean"] > 0) == higher else -1
 
 
 def shortfalls(c: Contestant, result: Mapping[str, Any]) -> list[str]:
@@ -39,13 +51,15 @@ def shortfalls(c: Contestant, result: Mapping[str, Any]) -> list[str]:
     found = []
     if steps["mean"] > STEPS_GOAL:
         found.append(f"it takes {change(steps['mean'], 'fewer', 'as many')} steps")
-    if steps["high"] is None or round(steps["high"], 2) >= 1:
+    if steps["high"] is None:
+        found.append("one seed gives no interval of its step ratio")
+    elif round(steps["high"], 2) >= 1:
         found.append("the interval of its step ratio reaches 1")
     if steps["reached"] < steps["n"]:
         found.append(f"it reached the loss under {steps['reached']} of {steps['n']} seeds only")
     if steps["n"] < planned:
         found.append(f"{steps['n']} of {planned} seeds are there")
-    if metric_side(c, result["higher_is_better"]) < 0:
+    if metric_side(c, result) < 0:
         found.append(f"{words(result['metric'])} is worse beyond the interval")
     if time["mean"] > TIME_GOAL:
         found.append(f"a step takes {change(time['mean'], 'less', 'as much')} time")
@@ -77,7 +91,7 @@ def _findings(base: Contestant, rivals: Sequence[Contestant], result: Mapping[st
 
     def order(c: Contestant) -> tuple[bool, bool, bool, float]:
         s = c["against_baseline"][STEPS]
-        return bool(shortfalls(c, result)), metric_side(c, higher) < 0, s["reached"] < s["n"], s["mean"]
+        return bool(shortfalls(c, result)), metric_side(c, result) < 0, s["reached"] < s["n"], s["mean"]
 
     rivals = sorted(rivals, key=order)
     best = rivals[0]
@@ -98,24 +112,23 @@ def _findings(base: Contestant, rivals: Sequence[Contestant], result: Mapping[st
     ]
     fewer = [c for c in rivals if needs_fewer(c)]
     more = [c for c in rivals if needs_more(c)]
-    open_ = [c for c in rivals if c not in fewer and c not in more]
+    single = [c for c in rivals if c["against_baseline"][STEPS]["high"] is None]
+    open_ = [c for c in rivals if c not in fewer and c not in more and c not in single]
     for group, text in (
         (fewer, "Fewer steps than the baseline, with the interval below 1: "),
         (open_, "Neither fewer nor more steps within the interval: "),
         (more, "More steps, with the interval above 1: "),
+        (single, "Whether in fewer or more steps, one seed does not tell: "),
     ):
         if group:
             sentences.append(text + "; ".join(_item(c) for c in group) + ".")
     for side, word in ((-1, "Worse"), (1, "Better")):
-        group = [c for c in rivals if metric_side(c, higher) == side]
+        group = [c for c in rivals if metric_side(c, result) == side]
         if group:
             items = "; ".join(f"{c['label']} {difference(c['against_baseline'][METRIC], higher)}" for c in group)
             sentences.append(f"{word} {metric} beyond the interval: {items}.")
     if higher:
-        rows = result["held_out_rows"]
-        sentences.append(
-            f"One of the {rows:,} held-out rows is {number(100 / rows)} points; smaller differences mean nothing."
-        )
+        sentences.append(one_row(result["held_out_rows"]))
     return sentences
 
 
@@ -138,8 +151,13 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
 
 
 def number(value: float, digits: int = 2) -> str:
-    """Fixed decimals with a true minus sign."""
-    return f"{value:.{digits}f}".replace("-", "−")
+    """Fixed decimals with a true minus sign, and none before zero."""
+    return f"{value:z.{digits}f}".replace("-", "−")
+
+
+def one_row(rows: int) -> str:
+    """What one held-out row is worth, for people."""
+    return f"One of the {rows:,} held-out rows is {number(100 / rows)} points; a difference of one row or less is none."
 
 
 def words(metric: str) -> str:

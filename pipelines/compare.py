@@ -128,7 +128,8 @@ def main(args: Namespace, console: Console) -> int:
             log(result)
     screens.comparison_summary(console, result, comparison.out)
     write_json(args.json, result)
-    return 0 if result["complete"] else 1
+    (baseline,) = (c for c in result["contestants"] if c["name"] == comparison.baseline)
+    return 0 if result["complete"] and baseline["trials"] else 1
 
 
 # ---------------------------------------------------------------- before anything runs

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass
 
-from hyperlora.config import Recipe
+import torch
+
+from hyperlora.config import Recipe, first_line
 from hyperlora.training import RunInfo, Silent, Trainer, World, global_batches
 
 STEPS = 3
@@ -23,13 +26,29 @@ class Cost:
     step: float
     evaluation: float
 
-    def seconds(self, steps: int, evaluations: int) -> float:
-        """Of a whole trial."""
-        return steps * self.step + evaluations * self.evaluation
+    def seconds(self, steps: int, eval_every: int | None) -> float:
+        """Of a whole trial, which is evaluated every so many steps and at its end."""
+        return steps * self.step + (1 + (steps - 1) // (eval_every or steps)) * self.evaluation
 
 
-def probe(recipe: Recipe) -> Cost:
-    """Time a few steps and an evaluation of a recipe in this process; nothing is written."""
+def probe(recipe: Recipe, notes: list[str]) -> Cost | None:
+    """Time a few steps and an evaluation of a recipe in this process; nothing is written.
+
+    None where they fail, with a note why: a trial that fails stops no search, and its other points need not fail.
+    """
+    cost = None
+    try:
+        cost = _timed(recipe)
+    except RuntimeError as error:  # it diverges, or the device is out of memory
+        notes.append(f"no estimate of the time, since a few steps failed: {first_line(error)}")
+    # This process stays for the whole search, whose trials need the memory of the GPU that PyTorch would keep for it.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return cost
+
+
+def _timed(recipe: Recipe) -> Cost:
     trainer = Trainer(recipe, RunInfo("memory://probe"), World(), Silent())
     batches = global_batches(len(trainer.task.train), recipe.training.batch_size, recipe.seed, 0)
     trainer.train_step(next(batches)).read()  # the first one pays for what is set up once

@@ -138,7 +138,7 @@ def main(args: Namespace, console: Console) -> int:
     cost = None
     if options.recipe.ray.address is None:
         with console.status("timing a few steps"):
-            cost = probe(options.recipe)
+            cost = probe(options.recipe, estimate.notes)
     trials, later = study.wanted({})
     tell(console, estimate.notes)
     console.print(screens.study_plan(study.plan, estimate, len(trials) + later, _hours(study, cost), options.out))
@@ -160,7 +160,7 @@ def main(args: Namespace, console: Console) -> int:
         finish(result)
     screens.study_summary(console, result, options.out)
     write_json(args.json, result)
-    return 0 if result["complete"] else 1
+    return 0 if result["complete"] and any(point["n"] for point in result["points_measured"]) else 1
 
 
 # ---------------------------------------------------------------- before anything runs
@@ -282,8 +282,7 @@ def _hours(study: Study, cost: Cost | None) -> float | None:
     if cost is None:
         return None
     trials, later = study.wanted({})
-    evaluations = 1 + (study.plan["steps"] - 1) // (study.options.recipe.training.eval_every or study.plan["steps"])
-    each = cost.seconds(study.plan["steps"], evaluations)
+    each = cost.seconds(study.plan["steps"], study.options.recipe.training.eval_every)
     return each * (len(trials) + later) / study.options.concurrency
 
 

@@ -154,7 +154,7 @@ def send(client: JobSubmissionClient, job: jobs.Job, console: Console) -> tuple[
     """Package and submit a job; returns its id and its size in bytes."""
 
     def lost(reason: str) -> None:
-        console.print(Text(f"connection lost ({reason}); trying again", "yellow"), soft_wrap=True)
+        console.print(Text(f"the cluster did not take the job ({reason}); trying again", "yellow"), soft_wrap=True)
 
     with tempfile.TemporaryDirectory() as folder, console.status("packaging and submitting"):
         size = jobs.pack(job, Path(folder))

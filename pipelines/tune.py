@@ -117,8 +117,10 @@ def main(args: Namespace, console: Console) -> int:
     seconds = None
     if options.recipe.ray.address is None and options.recipe.ray.most == 1:
         with console.status("timing a few steps"):
-            evaluations = 1 if options.watched is None else options.evaluations
-            seconds = tuned.plan["trials"] * probe(tuned.recipe).seconds(tuned.plan["steps"], evaluations)
+            cost = probe(tuned.recipe, estimate.notes)
+        if cost is not None:
+            each = cost.seconds(tuned.plan["steps"], tuned.recipe.training.eval_every)
+            seconds = tuned.plan["trials"] * each
     tell(console, estimate.notes)
     console.print(screens.tuning_plan(tuned.plan, seconds, options.out))
     if args.dry_run:
@@ -139,7 +141,7 @@ def main(args: Namespace, console: Console) -> int:
         finish(result)
     screens.tuning_summary(console, result, options.out)
     write_json(args.json, result)
-    return 0 if result["complete"] else 1
+    return 0 if result["complete"] and result["counts"]["finished"] else 1
 
 
 # ---------------------------------------------------------------- before anything runs
@@ -226,6 +228,9 @@ def _decide(options: Options, estimate: Estimate) -> Tuning:
     recipe, steps = options.recipe, estimate.steps
     if options.watched is not None:
         every = recipe.training.eval_every or max(1, steps // options.evaluations)
+        if recipe.training.eval_every:
+            note = f"the recipe's training.eval_every={every} says when trials are evaluated; --evaluations does not"
+            estimate.notes.append(note)
         # A trial that is killed goes on from where it last reported.
         save = min(recipe.training.checkpoint_every or every, every)
         training = recipe.training.model_copy(update={"eval_every": every, "checkpoint_every": save})

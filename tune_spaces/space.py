@@ -158,6 +158,9 @@ class Space(Section):
         excess = estimate.rank_initial - estimate.rank_target
         facts = Facts(estimate.steps, estimate.modules, estimate.rank_initial, excess)
         bound = BoundSpace(recipe, facts, tuple(_domain(p, recipe, facts) for p in self.parameters), self.constraints)
+        # A constraint that cannot be asked at some points is told of before a search comes to them.
+        for point in bound.grid() if self.constraints else ():
+            bound.violated(point)
         if bound.start() is None:
             reason = bound.infeasible(bound.default())
             raise RecipeError([Problem(f"--space {self.name}", bound.default(), f"no feasible point: {reason}")])
@@ -267,16 +270,35 @@ class BoundSpace:
         return next((p for p in (self.default(), *self.grid()) if self.infeasible(p) is None), None)
 
     def infeasible(self, values: Mapping[str, Any]) -> str | None:
-        """Why a point cannot be run; None when it can."""
-        for constraint in self.constraints:
-            if not constraint.holds(values, self.facts):
-                return constraint.text
+        """Why a point cannot be run; None when it can.
+
+        Raises:
+            RecipeError: as :meth:`violated`.
+        """
+        if (text := self.violated(values)) is not None:
+            return text
         try:
             recipe = self.recipe_at(values)
         except RecipeError as error:
             return "; ".join(str(p) for p in error.problems)
         problems = schedule_problems(recipe, self.facts.steps, self.facts.modules)
         return "; ".join(p.allowed for p in problems) or None
+
+    def violated(self, values: Mapping[str, Any]) -> str | None:
+        """The text of the first constraint that does not hold at a point; None when all do.
+
+        Raises:
+            RecipeError: a constraint fails.
+        """
+        for constraint in self.constraints:
+            try:
+                holds = bool(constraint.holds(values, self.facts))
+            except Exception as error:  # whatever a user's function raises
+                allowed = f"a constraint that can be asked at every point ({type(error).__name__}: {error})"
+                raise RecipeError([Problem(f"--space: {constraint.text}", dict(values), allowed)]) from error
+            if not holds:
+                return constraint.text
+        return None
 
     def recipe_at(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe of a point.

@@ -19,6 +19,9 @@ from mlflow import MlflowClient
 from safetensors import safe_open
 from searches import finished, hear_ctrl_c, wait_for
 
+from hyperlora.config import parse
+from hyperlora.fingerprint import data_fingerprint, recipe_fingerprint
+from hyperlora.tracking import git_state
 from pipelines.cli import main
 
 
@@ -84,8 +87,13 @@ def test_tracked_as_one_run_with_one_for_each_trial(whole: tuple[list[str], Path
     }
     one = nested["p000-seed1"]
     assert one.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    for tag in ("recipe_fingerprint", "data_fingerprint"):
-        assert len(one.data.tags[f"hyperlora.{tag}"]) == 16
+    commit = git_state().get("git.commit")
+    for name, run in nested.items():
+        recipe = parse(json.loads((folder / f"out/trials/{name}/run.json").read_text())["recipe"])
+        assert run.data.tags["hyperlora.recipe_fingerprint"] == recipe_fingerprint(recipe)
+        assert run.data.tags["hyperlora.data_fingerprint"] == data_fingerprint(recipe)
+        assert run.data.tags.get("git.commit") == commit
+    assert len({run.data.tags["hyperlora.recipe_fingerprint"] for run in nested.values()}) == len(nested)
     assert one.data.params["pruning.interval"] == str(result["points"][0]["pruning.interval"])
     loss = result["points_measured"][0]["by_seed"]["1"]
     assert one.data.metrics["held_out_loss"] == pytest.approx(loss)
@@ -93,6 +101,10 @@ def test_tracked_as_one_run_with_one_for_each_trial(whole: tuple[list[str], Path
     assert {"rank_heat_map.png", "ranks.json", "adapter"} <= names
     files = {f.path for f in client.list_artifacts(one.info.run_id, "adapter")}
     assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= files
+    assert main([*command, "--metric", "exact_match"]) == 0
+    parent = client.get_run(parent.info.run_id)
+    assert parent.data.params["metric"] == "held_out_loss"
+    assert parent.data.tags["hyperlora.metric"] == "exact_match", "what its figures are of by now"
 
 
 def test_a_failing_point_is_marked_and_stops_nothing(cluster: None, tmp_path: Path) -> None:

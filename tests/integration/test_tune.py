@@ -145,15 +145,31 @@ def test_failing_trials_are_marked_with_their_reasons_and_stop_nothing(tmp_path:
     assert result["complete"]
 
 
+def test_a_recipe_that_diverges_costs_the_estimate_alone(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    command = [*prepare(tmp_path), "optimizer.lr=1e200", "--dry-run", "--json", str(tmp_path / "plan.json")]
+    assert main(command) == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["seconds"] is None
+    assert (
+        "note: no estimate of the time, since a few steps failed: after step 4: held out loss nan"
+        in capfd.readouterr().out
+    )
+
+
 def test_trials_of_several_workers_and_objectives(tmp_path: Path) -> None:
     """Each nests a trainer of two workers, as many at a time as the machine holds."""
     options = ["--trials", "2", "--workers", "2", "--objectives", "metric,rank"]
     result = tune([*prepare(tmp_path), *options], tmp_path)
     assert result["counts"]["finished"] == 2
+    costs = {}
     for t in result["measured"]:
-        assert json.loads((tmp_path / f"out/trials/{t['trial']}/result.json").read_text())["workers"] == 2
+        outcome = json.loads((tmp_path / f"out/trials/{t['trial']}/result.json").read_text())
+        assert outcome["workers"] == 2
         assert "adapter.target_rank" in t["values"]
-    assert any(t["front"] for t in result["measured"])
+        costs[t["trial"]] = (outcome["held_out_loss_after"], outcome["rank_final"])
+    for t in result["measured"]:
+        loss, rank = costs[t["trial"]]
+        beaten = any(a <= loss and b <= rank and (a, b) != (loss, rank) for a, b in costs.values())
+        assert t["front"] == (not beaten)
 
 
 def test_trials_of_several_workers_are_stopped_early_and_leave_their_places(tmp_path: Path) -> None:

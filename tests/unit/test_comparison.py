@@ -107,13 +107,24 @@ def test_every_curve_reaches_its_own_final_loss(seed: int) -> None:
 # -------------------------------------------------------------------- intervals
 
 
-def test_bootstrap_interval_of_the_mean() -> None:
+def test_interval_of_the_mean() -> None:
     assert interval([]) == {"mean": None, "low": None, "high": None, "n": 0}
     assert interval([3.0]) == {"mean": 3.0, "low": None, "high": None, "n": 1}
     assert interval([2.0, 2.0, 2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0, "n": 3}
-    # Of two values the mean of a resample is 0, 1 or 2 with chances 1/4, 1/2, 1/4.
-    assert interval([0.0, 2.0]) == {"mean": 1.0, "low": 0.0, "high": 2.0, "n": 2}
-    assert interval([1.0, 4.0, 2.0]) == interval([1.0, 4.0, 2.0])
+    # Of two values the t distribution is Cauchy's: 12.7062 standard errors.
+    two = interval([0.0, 2.0])
+    assert (two["mean"], two["n"]) == (1.0, 2)
+    assert [two["low"], two["high"]] == pytest.approx([1 - 12.7062, 1 + 12.7062], abs=1e-4)
+    logs, ratios = interval([math.log(v) for v in (0.5, 0.6, 0.8)]), interval([0.5, 0.6, 0.8], ratios=True)
+    assert ratios["mean"] == pytest.approx(1.9 / 3)
+    assert [ratios["low"], ratios["high"]] == pytest.approx([math.exp(logs["low"]), math.exp(logs["high"])])
+
+
+def test_bootstrap_interval_of_the_mean() -> None:
+    # The mean of a resample of five values is 0, 2, … 10 with chances of (4/5)⁵, … (1/5)⁵; 10 has less than the tail.
+    assert interval([0.0, 0.0, 0.0, 0.0, 10.0]) == {"mean": 2.0, "low": 0.0, "high": 8.0, "n": 5}
+    assert interval([1.0, 4.0, 2.0, 7.0, 3.0]) == interval([1.0, 4.0, 2.0, 7.0, 3.0])
+    assert interval([1.0, 4.0, 2.0, 7.0, 3.0], ratios=True) == interval([1.0, 4.0, 2.0, 7.0, 3.0])
 
 
 def test_bootstrap_interval_is_that_of_the_normal_law_for_many_values() -> None:
@@ -132,6 +143,19 @@ def test_intervals_of_five_seeds_cover_the_mean() -> None:
         covered += found["low"] <= 0 <= found["high"]
     # The plain percentile interval comes to 83 %.
     assert 0.87 <= covered / 300 <= 0.97
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4])
+@pytest.mark.parametrize("ratios", [False, True])
+def test_intervals_of_fewer_seeds_cover_the_mean(seeds: int, ratios: bool) -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(2000):
+        values = 0.2 * rng.standard_normal(seeds)
+        found = interval((np.exp(values) if ratios else values).tolist(), ratios=ratios)
+        covered += found["low"] <= (1 if ratios else 0) <= found["high"]
+    # Bootstrap intervals come to 52, 71 and 87 %.
+    assert 0.935 <= covered / 2000 <= 0.965
 
 
 def test_stability_of_ranks() -> None:
@@ -242,6 +266,14 @@ def test_nothing_is_there_yet() -> None:
     json.dumps(result, allow_nan=False)
 
 
+def test_a_run_of_one_step() -> None:
+    records = [record(name, [0.7], seed=s) for name in ("adalora", "new") for s in (1, 2)]
+    records += [record(name, [0.7], seed=0, stage="tune") for name in ("adalora", "new")]
+    result = analyse(records, plan("adalora", "new", seeds=(1, 2), steps=1) | {"lrs": [2e-3]})
+    json.dumps(result, allow_nan=False)
+    assert of(result, "new")["summary"]["auc"]["mean"] == pytest.approx(0.7)
+
+
 def test_the_result_is_plain_json() -> None:
     result = field(lambda s: decay(1.2, s, 0.05))
     assert json.loads(json.dumps(result, allow_nan=False)) == result
@@ -282,6 +314,22 @@ def test_verdict_on_a_small_gain_a_tie_and_a_loser() -> None:
     loser = field(lambda s: decay(0.7))["verdict"]
     assert "interval above 1: NEW at least 1.0" in loser
     assert "reached under 0 of 5 seeds" in loser
+
+
+def test_verdict_on_one_seed() -> None:
+    records = [*search("adalora"), *search("new"), record("adalora", decay()), record("new", decay(1.5))]
+    text = analyse(records, plan("adalora", "new", seeds=(1,)))["verdict"]
+    assert "is not met: one seed gives no interval of its step ratio." in text
+    assert "Whether in fewer or more steps, one seed does not tell: NEW 0.6" in text
+    assert "within the interval" not in text
+    assert "reaches 1" not in text
+
+
+@pytest.mark.parametrize(("metric", "differs"), [(0.795, False), (0.805, False), (0.79, True), (0.81, True)])
+def test_one_held_out_row_under_every_seed_is_no_difference(metric: float, differs: bool) -> None:
+    text = field(lambda s: decay(1.5), metric=metric)["verdict"]
+    assert ("accuracy beyond the interval" in text) == differs
+    assert ("is met by NEW" in text) == (metric != 0.79)
 
 
 def test_verdict_names_better_metrics_and_contestants_at_the_edge() -> None:

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from sqlalchemy import make_url
 
+from hyperlora import jobs
 from hyperlora.config import apply_overrides, parse, read_yaml
 from pipelines.cli import parse_arguments
 from pipelines.common import shipped
@@ -27,6 +28,8 @@ PINS = dict(re.findall(r"^([a-z0-9_.-]+)==(\S+)$", (ROOT / "requirements.txt").r
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
 KUBERAY = {p.stem: yaml.safe_load(p.read_text()) for p in sorted((INFRA / "kuberay").glob("*.yaml"))}
 SCHEMA = yaml.safe_load((ROOT / "tests/schemas/kuberay.yaml").read_text())
+CLOUD = yaml.safe_load((INFRA / "ray-cluster.yaml").read_text())
+SECRET = r"[A-Z0-9_]*(?:KEY|SECRET|TOKEN|PASSWORD)[A-Z0-9_]*"
 
 
 def filled(text: str) -> str:
@@ -78,6 +81,25 @@ def test_kuberay_takes_its_manifests(name: str) -> None:
     where["authOptions"] = {"mode": "Token"}
     with pytest.raises(jsonschema.ValidationError, match="'Token' is not one of"):
         jsonschema.validate(wrong, SCHEMA)
+
+
+def test_the_schema_is_of_the_oldest_operator_that_is_allowed() -> None:
+    told = [f.read_text() for f in (ROOT / "tests/schemas/kuberay.yaml", INFRA / "README.md")]
+    told += [(INFRA / f"kuberay/{name}.yaml").read_text() for name in KUBERAY]
+    assert [set(re.findall(r"KubeRay (?:operator, )?(\d\S+?)[, ]", text)) for text in told] == [{"1.5.1"}] * len(told)
+
+
+def test_a_job_that_is_stopped_has_time_for_its_checkpoint() -> None:
+    spec = KUBERAY["rayjob"]["spec"]
+    submitted = jobs._runtime(jobs.Job(words=(), files={}), ROOT)["env_vars"]
+    assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": submitted}
+    assert submitted["RAY_JOB_STOP_WAIT_TIME_S"] == str(jobs.STOP_SECONDS)
+    # The same when the RayJob is deleted: its pods are drained for as long, and killed later.
+    for group in groups("rayjob"):
+        pod = group["template"]["spec"]
+        env = {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
+        assert env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == str(jobs.STOP_SECONDS)
+        assert pod["terminationGracePeriodSeconds"] > jobs.STOP_SECONDS
 
 
 @pytest.mark.parametrize("name", KUBERAY)
@@ -181,7 +203,7 @@ def test_ray_takes_the_cloud_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("x")
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = yaml.safe_load((INFRA / "ray-cluster.yaml").read_text())
+    config = copy.deepcopy(CLOUD)
     validate_config(prepare_config(config))
     from ray.scripts.scripts import start
 
@@ -190,6 +212,74 @@ def test_ray_takes_the_cloud_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         start.make_context("start", shlex.split(command.split("ray start", 1)[1]))
     with pytest.raises(Exception, match="nonsense"):
         validate_config(prepare_config(config | {"nonsense": 1}))
+
+
+def test_containers_of_the_cloud_see_the_gpus_that_ray_counts() -> None:
+    from ray.autoscaler._private.util import prepare_config
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+
+    config = AutoscalingConfig(prepare_config(copy.deepcopy(CLOUD)), skip_content_hash=True)
+    for name, kind in CLOUD["available_node_types"].items():
+        options = config.get_docker_config(name).get("worker_run_options", [])
+        assert ("--gpus=all" in options) == (kind["resources"].get("GPU", 0) > 0), name
+        assert config.get_docker_config(name)["run_options"] == CLOUD["docker"]["run_options"]
+
+
+def test_machines_of_the_cloud_are_not_the_old_ones_that_ray_takes_by_itself() -> None:
+    for name, kind in CLOUD["available_node_types"].items():
+        image = kind["node_config"]["ImageId"]
+        assert image.lower() not in ("", "latest_dlami"), name  # for these Ray takes its own
+        assert not re.fullmatch(r"ami-[0-9a-f]+", image), "one of one region and of one day"
+    told = (INFRA / "README.md").read_text()
+    (before,) = re.findall(r"`ImageId` of `infra/ray-cluster.yaml`.*?;\n", told, re.DOTALL)
+    assert "cu130" in told
+    assert "driver 580" in before  # which CUDA 13.0 needs
+
+
+def test_images_of_others_are_pinned() -> None:
+    images = [s["image"] for s in COMPOSE["services"].values()]
+    for name in KUBERAY:
+        images += [c["image"] for g in groups(name) for c in g["template"]["spec"]["containers"]]
+    images += [v for k, v in CLOUD["docker"].items() if k.endswith("image")]
+    others = {i for i in images if "hyperadalora:" not in i}
+    assert {i.partition(":")[0] for i in others} == {"postgres", "chrislusf/seaweedfs"}
+    dockerfile = (INFRA / "Dockerfile").read_text()
+    default = re.findall(r"^ARG (\w+)=(.*)$", dockerfile, re.MULTILINE)
+    (base,) = re.findall(r"^FROM (\S+)$", dockerfile, re.MULTILINE)
+    for name, value in default:
+        base = base.replace(f"${{{name}}}", value)
+    for image in {*others, base}:
+        assert re.fullmatch(r"[\w/]+:\d+(\.\d+)*(-slim)?", image), image
+    # Ray and MLflow are in the image, as the project pins them.
+    assert {"ray", "mlflow", "torch"} <= set(PINS)
+    assert "--requirement rest.txt" in dockerfile
+    assert "> rest.txt" in dockerfile
+
+
+def test_servers_listen_where_they_are_looked_for() -> None:
+    services = COMPOSE["services"]
+    store = services["store"]
+    command = words(store["command"])
+    assert command[0] == "server"
+    assert "-s3" in command
+    (port,) = (w.partition("=")[2] for w in command if w.startswith("-s3.port="))
+    assert f"-dir={store['volumes'][0].partition(':')[2]}" in command
+    assert store["healthcheck"]["test"][-1] == f"http://127.0.0.1:{port}/healthz"
+    for name in ("head", "worker", "mlflow", "bucket"):
+        assert services[name]["environment"]["AWS_ENDPOINT_URL"] == f"http://store:{port}"
+    assert "ports" not in store, "nobody but the services uses it"
+
+    command = words(services["mlflow"]["command"])
+    port = command[command.index("--port") + 1]
+    assert services["mlflow"]["healthcheck"]["test"][-1] == f"http://127.0.0.1:{port}/health"
+    assert services["mlflow"]["ports"] == [f"127.0.0.1:{port}:{port}"]
+    assert f"mlflow:{port}" in command[command.index("--allowed-hosts") + 1].split(",")
+
+    head, worker = services["head"], services["worker"]
+    given = dict(w.removeprefix("--").split("=") for w in words(head["command"]) if "=" in w)
+    assert head["ports"] == ["127.0.0.1:{0}:{0}".format(given["dashboard-port"])]
+    assert head["healthcheck"]["test"][-1] == f"127.0.0.1:{given['port']}"
+    assert f"--address=head:{given['port']}" in words(worker["command"])
 
 
 def test_versions_images_and_ports_agree() -> None:
@@ -221,15 +311,43 @@ def test_the_job_of_the_manifest_and_of_the_readme_is_one_that_the_command_takes
         assert recipe.mlflow.tracking_uri == f"http://mlflow:{5000}"
 
 
+def written_out(text: str) -> list[str]:
+    """Secrets whose value stands in a text, and is no variable, command or omission."""
+    found = re.findall(rf"(?<!\$\{{)\b({SECRET}|accessKey|secretKey)\"?[ \t]*[:=][ \t]*[\"']?([^\s\"',}}]+)", text)
+    return [name for name, value in found if not re.match(r"\$\{\w|\$\(|…", value)]
+
+
 def test_no_secret_has_a_value_in_these_files() -> None:
-    names = [line.partition("=")[0] for line in (INFRA / "env.example").read_text().splitlines() if "=" in line[:40]]
-    names = [n for n in names if re.fullmatch(r"[A-Z0-9_]+", n)]
-    assert set(names) == {"RAY_AUTH_TOKEN", "S3_KEY", "S3_SECRET", "POSTGRES_PASSWORD"}
+    for shown in (
+        "S3_KEY=abc",
+        "  S3_SECRET: 'abc'",
+        '"secretKey": "abc"',
+        "{POSTGRES_PASSWORD: abc}",
+        "-e HF_TOKEN=abc",
+    ):
+        assert written_out(shown), shown
+    files = [p for p in INFRA.rglob("*") if p.is_file() and p.name != ".env"]
+    assert {p.name: written_out(p.read_text()) for p in files} == {p.name: [] for p in files}
+
+    names = re.findall(r"^(\w+)=(.*)$", (INFRA / "env.example").read_text(), re.MULTILINE)
+    assert dict(names) == dict.fromkeys(("RAY_AUTH_TOKEN", "S3_KEY", "S3_SECRET", "POSTGRES_PASSWORD"), "")
     text = (INFRA / "compose.yaml").read_text()
-    for name in names:
+    for name, _ in names:
         assert re.findall(rf"\$\{{{name}[^}}]*\}}", text)
         assert not re.findall(rf"\$\{{{name}:?-", text), "no default: it would be everybody's"
     assert "/infra/.env" in (ROOT / ".gitignore").read_text()
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_pods_have_secrets_by_reference(name: str) -> None:
+    assert KUBERAY[name]["kind"] != "Secret"
+    for group in groups(name):
+        for container in group["template"]["spec"]["containers"]:
+            for variable in container.get("env", []):
+                by_value = re.fullmatch(SECRET, variable["name"]) and "secretKeyRef" not in variable.get(
+                    "valueFrom", {}
+                )
+                assert not by_value, variable["name"]
 
 
 def every_probe() -> list[Any]:

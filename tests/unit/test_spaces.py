@@ -250,3 +250,19 @@ def test_spaces_that_do_not_fit_the_recipe() -> None:
     )
     with pytest.raises(RecipeError, match="no feasible point: γ above 1"):
         never.bind(recipe(), estimate())
+
+
+def test_a_constraint_that_fails_is_told_by_its_text() -> None:
+    """Also where it can be asked at the point that a search starts from."""
+    parameters = (
+        Parameter(key="pruning.schedule", choices=("interval", "cubic")),
+        Parameter(key="pruning.count", low=0.5, high=1, unit="excess", when={"pruning.schedule": ("interval",)}),
+    )
+    wrong = Constraint("k is even", lambda values, facts: values["pruning.count"] % 2 == 0)
+    expected = r"k is even: got \{'pruning.schedule': 'cubic'\}; .*\(KeyError: 'pruning.count'\)"
+    with pytest.raises(RecipeError, match=expected):
+        Space(name="mine", parameters=parameters, constraints=(wrong,)).bind(recipe(), estimate())
+    right = Constraint("k is even", lambda values, facts: values.get("pruning.count", 0) % 2 == 0)
+    space = Space(name="mine", parameters=parameters, constraints=(right,)).bind(recipe(), estimate())
+    assert space.infeasible({"pruning.schedule": "interval", "pruning.count": 25}) == "k is even"
+    assert space.infeasible({"pruning.schedule": "cubic"}) is None

@@ -132,6 +132,41 @@ def test_intervals_cover_what_they_promise() -> None:
     assert 930 <= hits <= 967
 
 
+def test_the_reported_effect_covers_what_it_promises() -> None:
+    """The highest level minus the lowest of three that are alike: 0 lies in 95 % of the intervals."""
+    rng = np.random.default_rng(1)
+    factors = [factor(k, GRID) for k in KNOBS]
+    hits = np.zeros(len(KNOBS))
+    for _ in range(400):
+        found = main_effects(factors, rng.standard_normal(len(GRID)), np.ones(len(GRID)))
+        hits += [e["effect"]["low"] <= 0 <= e["effect"]["high"] for e in found]
+    assert (hits >= 370).all()
+    assert (hits <= 390).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.995, 137 / 200])
+def test_where_nothing_varies_nothing_is_claimed(value: float) -> None:
+    result = study(lambda v, s: value, noise=0)
+    json.dumps(result, allow_nan=False)
+    assert {e["p"] for e in (*result["effects"], *result["interactions"])} == {None}
+    assert {e["effect"]["low"] for e in result["effects"]} == {None}
+    assert (
+        "The points leave no noise by which a knob's change of accuracy could be told from chance" in result["verdict"]
+    )
+    assert "Not independent" not in result["verdict"]
+    assert ", 0.00 points (no interval) between" in result["verdict"]
+    assert "0.00 points<small>no interval" in study_page(result)
+
+
+def test_a_knob_that_changes_nothing_does_so_up_to_rounding() -> None:
+    """Its columns are orthogonal to the values, and what they explain may be rounded below 0."""
+    factors = [factor(k, GRID) for k in KNOBS]
+    pattern = factors[0].linear() * factors[1].linear()
+    for scale in (0.1, 0.7, 1.3):
+        found = main_effects(factors, 0.5 + scale * pattern, np.ones(len(GRID)))
+        assert [e["p"] for e in found] == pytest.approx([1, 1, 1])
+
+
 def test_interactions_are_the_planted_ones() -> None:
     def together(values: dict[str, Any], seed: int) -> float:
         a = {2: -1, 6: 0, 20: 1}[values["pruning.interval"]]
@@ -171,6 +206,7 @@ def test_fanova_gives_the_variance_to_the_knob_that_makes_it() -> None:
     assert shares["pruning.interval"] > 0.7
     assert shares["pruning.count"] < 0.1
     assert importances(KNOBS, [(GRID[0], 0.5)] * 10) == {}, "nothing varies"
+    assert importances(KNOBS, [(g, 0.5 + 1e-10 * n) for n, g in enumerate(GRID)]) == {}, "less than a tree can split"
 
 
 def test_many_values_of_a_number_are_binned() -> None:
@@ -198,6 +234,40 @@ def test_whether_dynamic_rank_pays() -> None:
     same = study(lambda v, s: 0.7 + 0.01 * s + 0.02 * (-1) ** s, noise=0.001)["verdict"]
     assert "That dynamic rank pays on this task is not shown" in same
     assert "No knob changes accuracy beyond chance" in same
+
+
+def test_one_held_out_row_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All seeds differ by the same row or rows of 200, and the intervals have no width."""
+    monkeypatch.setattr("hyperlora.study.importances", lambda *known: {})  # forests take a second
+    for lora_metric, other, claim, alike in (
+        (0.995, 0.995, "That dynamic rank pays on this task is not shown", [1]),
+        (0.99, 0.99, "Dynamic rank pays on this task", []),
+    ):
+        records = [lora(0, 0.1), *(lora(s, lora_metric) for s in SEEDS)]
+        records += [point(n, s, metric) for n, metric in enumerate((1.0, other)) for s in SEEDS]
+        result = analyse(records, plan(points=GRID[:2]))
+        assert claim in result["verdict"]
+        assert result["recommended"]["alike"] == alike
+        assert "a difference of one row or less is none" in result["verdict"]
+
+
+def test_one_seed_does_not_judge_what_it_chose() -> None:
+    records = [lora(0, 0.1), lora(1, 0.7), *(point(n, 1, 0.8 + 0.01 * n) for n in range(2))]
+    result = analyse(records, plan(points=GRID[:2], seeds=[1]))
+    assert result["complete"]
+    assert result["dynamic_rank"] is None
+    assert "Whether dynamic rank pays is not told" in result["verdict"]
+
+
+def test_lora_that_failed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperlora.study.importances", lambda *known: {})  # forests take a second
+    failed = lora(0, 0.1) | {"status": "failed", "reason": "loss is not finite at step 17", "outcome": None}
+    records = [failed, *(point(n, s, 0.8 + 0.01 * n) for n in range(2) for s in SEEDS)]
+    result = analyse(records, plan(points=GRID[:2]))
+    assert "uniform LoRA of rank 4 failed, so that nothing can be said of dynamic rank." in result["verdict"]
+    missing = failed | {"status": "missing", "reason": None, "lr": 1e-3}
+    text = analyse([*records, missing], plan(points=GRID[:2]))["verdict"]
+    assert "uniform LoRA of rank 4 has not finished: no word on dynamic rank yet." in text
 
 
 def test_dynamic_rank_is_judged_at_the_size_of_uniform_lora() -> None:
@@ -240,8 +310,8 @@ def test_trials_that_are_missing_crosswise_do_not_end_a_study(missing: list[tupl
     assert {p["point"]: p["n"] for p in result["points_measured"]} == {
         n: [m for m, _ in there].count(n) for n, _ in there
     }
-    # Crosswise, no seed can judge what the other one chose.
-    assert (result["dynamic_rank"] is None) == (missing == [(1, 2), (0, 1)])
+    # Crosswise, no seed can judge what the other one chose, nor can one seed alone.
+    assert (result["dynamic_rank"] is None) == (len(missing) == 2)
 
 
 def test_for_a_loss_less_is_better() -> None:

@@ -1,0 +1,354 @@
+"""Searches without Ray: their cost, their points, how they end, what they leave behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import trials
+from mlflow import MlflowClient
+from rich.console import Console
+
+from hyperlora import runs, search, tracking, tuning
+from hyperlora.config import Recipe
+from hyperlora.field import Entry
+from hyperlora.preflight import inspect
+from hyperlora.sampling import Objective, Proposals, Searched
+from hyperlora.search import DIVERGED, Result, Trial, write
+from hyperlora.stopping import NonFiniteError
+from hyperlora.training import RunInfo
+from hyperlora.tuning import REPORTS, STOPPED, VALUES, Search, Stopping
+from pipelines import compare, cost, searching, study, tune
+from pipelines.cli import parse_arguments
+from pipelines.common import load_recipe
+from pipelines.cost import Cost, probe
+
+STEPS = 120  # of the quickstart
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rows_are_kept_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYPERLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their plots take seconds."""
+    for command, page in ((tune, "tuning_page"), (study, "study_page"), (compare, "comparison_page")):
+        monkeypatch.setattr(command, page, lambda result: "")
+
+
+def run(command: Any, folder: Path, *words: str) -> tuple[int, dict[str, Any], str]:
+    """Exit status, JSON and screen of a command in a folder."""
+    name, screen = command.__name__.rsplit(".", 1)[1], io.StringIO()
+    places = ["--out", str(folder / "out"), "--json", str(folder / "result.json")]
+    args = parse_arguments([name, "quickstart", "data.train_rows=64", "data.eval_rows=8", *words, *places])
+    status = command.main(args, Console(file=screen, width=200))
+    return status, json.loads((folder / "result.json").read_text()), screen.getvalue()
+
+
+# ---------------------------------------------------------------- cost
+
+
+@pytest.mark.parametrize("reason", ["", "held out loss nan", "CUDA out of memory. Tried to allocate 2.00 GiB\nDetails"])
+def test_timing_leaves_no_memory_behind_and_a_failure_is_a_note(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+
+    class Stub:
+        def __init__(self, *arguments: Any) -> None:
+            self.task = SimpleNamespace(train=range(64))
+            self.me = self  # what a model and its hooks do
+            made.append(weakref.ref(self))
+
+        def train_step(self, indices: list[int]) -> Any:
+            return SimpleNamespace(read=dict)
+
+        def evaluate(self) -> None:
+            if reason:
+                raise (torch.OutOfMemoryError if "memory" in reason else NonFiniteError)(reason)
+
+    left: list[Any] = []
+    monkeypatch.setattr(cost, "Trainer", Stub)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append(made[0]()))
+    notes: list[str] = []
+    found = probe(load_recipe("quickstart", []), notes)
+    assert left == [None], "the cache is emptied once, after all that was in it is gone"
+    assert (found is None) == bool(reason)
+    line = reason.partition("\n")[0]
+    assert notes == [f"no estimate of the time, since a few steps failed: {line}"] * bool(reason)
+
+
+@pytest.mark.parametrize("command", [tune, study])
+def test_a_search_whose_first_steps_fail_has_no_estimate(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(recipe: Recipe) -> Cost:
+        raise NonFiniteError("held out loss nan")
+
+    monkeypatch.setattr(cost, "_timed", fails)
+    status, plan, screen = run(command, tmp_path, "--space", "smoke", "--dry-run")
+    assert (status, plan["seconds"]) == (0, None)
+    assert "note: no estimate of the time, since a few steps failed: held out loss nan" in screen
+    assert "optimizer steps, about" not in screen
+
+
+@pytest.mark.parametrize(
+    ("words", "evaluations"),
+    [([], 8), (["--evaluations", "4"], 4), (["--evaluations", "4", "training.eval_every=50"], 3)],
+)
+def test_the_cost_is_that_of_the_evaluations_that_there_are(
+    words: list[str], evaluations: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "probe", lambda recipe, notes: Cost(1.0, 10.0))
+    _, plan, screen = run(tune, tmp_path, "--space", "smoke", "--trials", "2", "--dry-run", *words)
+    assert plan["seconds"] == 2 * (STEPS + 10 * evaluations)
+    assert ("training.eval_every=50 says when trials are evaluated; --evaluations does not" in screen) == (
+        "training.eval_every=50" in words
+    )
+    without = run(tune, tmp_path, "--space", "smoke", "--trials", "2", "--dry-run", "--stop-on", "none", *words)[1]
+    assert without["seconds"] == 2 * (STEPS + 10 * (3 if "training.eval_every=50" in words else 1))
+
+
+# ---------------------------------------------------------------- points
+
+
+def asked(sampler: str, seed: int = 1) -> list[dict[str, Any]]:
+    """The first points of a search of the smoke space, at most five."""
+    words = ["tune", "quickstart", "data.train_rows=64", "--space", "smoke", "--sampler", sampler, "--seed", str(seed)]
+    options = tune.resolved(parse_arguments(words))
+    proposals = tune._decide(options, inspect(options.recipe)).proposals()
+    found = []
+    while len(found) < 5 and (values := proposals.ask()) is not None:
+        found.append(values)
+        proposals.tell(values, "finished", [1.0])
+    return found
+
+
+def test_the_grid_is_all_combinations_once_in_an_order_of_the_seed() -> None:
+    rate = load_recipe("quickstart", []).optimizer.lr
+    found = asked("grid")
+    points = [(p["pruning.interval"], p["optimizer.lr"]) for p in found]
+    assert sorted(points) == [(6, rate / 4), (6, rate), (24, rate / 4), (24, rate)]
+    assert any(asked("grid", seed) != found for seed in (2, 3))
+
+
+def test_random_draws_begin_with_the_recipes_own_setting_and_stay_within_the_ranges() -> None:
+    rate = load_recipe("quickstart", []).optimizer.lr
+    found = asked("random")
+    # The recipe prunes every step, which lies below the range.
+    assert found[0] == {"pruning.interval": 6, "optimizer.lr": rate}
+    assert len({json.dumps(p) for p in found}) == 5
+    assert all(6 <= p["pruning.interval"] <= 24 and rate / 4 <= p["optimizer.lr"] <= rate for p in found)
+    assert asked("random") == found
+    assert asked("random", 2)[1:] != found[1:]
+
+
+# ---------------------------------------------------------------- how a command ends
+
+
+def ended(trial: Trial, good: bool) -> Result:
+    """A trial without training; what it measured is made up."""
+    if not good:
+        return Result(trial, "failed", "out of memory", None, None)
+    outcome = trials.record("any", trials.decay(steps=STEPS))["outcome"]
+    outcome |= {"metric": "exact_match", "adapter_parameters_final": 1000, "training_seconds": 9.0, "steps": STEPS}
+    outcome |= {"loop_seconds": 9.0, "adapter": "a", "evaluations": [{"step": STEPS, "exact_match": 0.8}]}
+    return Result(trial, "finished", None, outcome, None)
+
+
+def planned(good: Callable[[Trial], bool]) -> Callable[..., Iterator[Result]]:
+    """In the place of ``search.run``."""
+
+    def run(plan: search.Plan, *arguments: Any, **options: Any) -> Iterator[Result]:
+        done: dict[str, Result] = {}
+        while new := [t for t in plan(done) if t.name not in done]:
+            done[new[0].name] = ended(new[0], good(new[0]))
+            yield done[new[0].name]
+
+    return run
+
+
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_search_without_a_finished_trial_has_failed(
+    good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(wanted: Search, recipe: Recipe, proposals: Proposals, *, over: Callable, **options: Any) -> None:
+        for n in range(wanted.count):
+            values = proposals.ask()
+            assert values is not None
+            over(ended(wanted.make(f"t{n:04d}", values), n < good))
+
+    monkeypatch.setattr(tuning, "run", fake)
+    monkeypatch.setattr(tune, "probe", lambda recipe, notes: None)
+    status, result, _ = run(tune, tmp_path, "--space", "smoke", "--trials", "3")
+    assert result["complete"]
+    assert (status, result["counts"]["finished"]) == (0 if good else 1, good)
+
+
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.parametrize(("good", "status"), [("", 1), ("lora", 1), ("p000", 0)])
+def test_a_study_without_a_finished_point_has_failed(
+    good: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "run", planned(lambda trial: bool(good) and trial.name.startswith(good)))
+    monkeypatch.setattr(study, "probe", lambda recipe, notes: None)
+    found, result, _ = run(study, tmp_path, "--space", "smoke", "--seeds", "1")
+    assert result["complete"]
+    assert found == status
+
+
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.parametrize(("good", "status"), [((), 1), (("lora",), 1), (("adalora",), 0)])
+def test_a_comparison_without_a_finished_baseline_has_failed(
+    good: tuple[str, ...], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_good(trial: Trial) -> bool:
+        assert isinstance(trial.key, Entry)
+        return trial.key.contestant in good
+
+    monkeypatch.setattr(searching, "run", planned(is_good))
+    found, result, _ = run(compare, tmp_path, "--only", "lora", "--seeds", "2", "--lrs", "0.01")
+    assert result["complete"]
+    assert found == status
+
+
+# ---------------------------------------------------------------- what stays in the folder
+
+
+def trial(folder: Path, name: str, **files: Any) -> Trial:
+    """One that has begun and has a checkpoint, with these JSON files beside it."""
+    made = Trial(name, str(folder / "trials" / name), load_recipe("quickstart", ["ray.num_workers=1"]), name)
+    runs.record(RunInfo(made.uri), made.recipe)
+    (folder / "trials" / name / "checkpoints/step-5").mkdir(parents=True)
+    for file, content in files.items():
+        write(made.uri, f"{file}.json", content)
+    return made
+
+
+def with_checkpoints(folder: Path) -> set[str]:
+    return {path.parent.name for path in folder.glob("trials/*/checkpoints")}
+
+
+def tuned(folder: Path, count: int, **options: Any) -> list[str]:
+    """Names and ends of the trials of a search in a folder."""
+    recipe, told = load_recipe("quickstart", ["ray.num_workers=1"]), []
+    parameter = {"key": "x", "choices": (), "low": 0, "high": 9, "log": False, "integer": True}
+    space = Searched([parameter], lambda t: {"x": t.suggest_int("x", 0, 9)}, lambda values: None)
+    objective = Objective("loss", False)
+    proposals = Proposals("random", space, [objective], 1)
+    wanted = Search(str(folder), count, lambda name, v: Trial(name, f"{folder}/trials/{name}", recipe, v), [objective])
+
+    def over(result: Result) -> None:
+        told.append(f"{result.trial.name} {result.status}")
+
+    tuning.run(wanted, recipe, proposals, started=lambda trial, most: None, over=over, **options)
+    return told
+
+
+def test_the_next_run_drops_the_checkpoints_that_a_killed_one_kept(tmp_path: Path) -> None:
+    trial(tmp_path, "t0001", values={"x": 1}, stopped={"step": 3, "reason": "others were better"})
+    trial(tmp_path, "t0002", values={"x": 2}, diverged={"reason": "loss nan"})
+    trial(tmp_path, "t0003", values={"x": 3})
+    assert tuned(tmp_path, 2) == ["t0001 stopped", "t0002 failed"]
+    assert with_checkpoints(tmp_path) == {"t0003"}, "what has not ended goes on from its own"
+
+
+def test_an_interrupted_search_drops_the_checkpoints_of_stopped_trials_when_ray_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def cluster(*arguments: Any, **options: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            assert with_checkpoints(tmp_path) == {"t0001", "t0002"}, "a process may still be at work"
+
+    class Tuner:
+        def __init__(self, trainable: Any, *, run_config: Any, **options: Any) -> None:
+            (self.driver,) = run_config.callbacks
+
+        def fit(self) -> None:
+            for _ in range(2):
+                made = self.driver.next()
+                Path(made.uri, "checkpoints").mkdir()
+            self.driver.on_trial_complete(0, [], SimpleNamespace(config={"name": "t0001"}, last_result={"step": 3}))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "cluster", cluster)
+    monkeypatch.setattr(tuning, "_capacity", lambda recipe: 2)
+    monkeypatch.setattr(tuning.tune, "Tuner", Tuner)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tmp_path, 3, trainable=lambda config: None)
+    assert (tmp_path / "trials/t0001" / STOPPED).is_file()
+    assert with_checkpoints(tmp_path) == {"t0002"}
+
+
+@pytest.mark.parametrize("where", [tuning, search])
+def test_a_trial_that_diverges_keeps_no_checkpoints(
+    where: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(*arguments: Any, **options: Any) -> None:
+        raise NonFiniteError("loss nan")
+
+    monkeypatch.setattr(where.training, "train", diverges)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    made = trial(tmp_path, "t0001", values={"x": 1})
+    content = made.recipe.model_dump(mode="json")
+    with pytest.raises(NonFiniteError):
+        tuning.train_trial(RunInfo(made.uri)) if where is tuning else search._train(content, made.uri, "")
+    assert (tmp_path / "trials/t0001" / DIVERGED).is_file()
+    assert not with_checkpoints(tmp_path)
+
+
+def test_the_next_run_of_a_planned_search_drops_those_of_diverged_trials(tmp_path: Path) -> None:
+    made = trial(tmp_path, "wild", diverged={"reason": "loss nan"})
+
+    def plan(done: Mapping[str, Result]) -> list[Trial]:
+        return [made]
+
+    assert [r.status for r in search.run(plan, made.recipe, 1)] == ["failed"]
+    assert not with_checkpoints(tmp_path)
+
+
+def test_what_a_diverged_trial_reported_still_counts_at_the_rungs(tmp_path: Path) -> None:
+    """As in a search that was not interrupted: Ray Tune lets a failed trial's reports stand."""
+    made = trial(tmp_path, "t0001", values={"x": 1}, reports=[{"step": 3, "loss": 1.0}])
+    assert {VALUES, REPORTS} == {"values.json", "reports.json"}
+    scheduler = tuning._asha(Stopping("loss", higher=False, first=3, last=27))
+    tuning._replay(scheduler, Result(made, "failed", "loss nan", None, None))
+    worse: Any = SimpleNamespace(trial_id="t0002")
+    scheduler.on_trial_add(None, worse)  # type: ignore[arg-type]
+    assert scheduler.on_trial_result(None, worse, {"step": 3, "loss": 2.0}) == scheduler.STOP  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- MLflow
+
+
+def test_mlflow_knows_with_what_a_search_was_taken_up_again(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    recipe = load_recipe("quickstart", ["mlflow.enabled=true", f"mlflow.tracking_uri={uri}"])
+
+    def start(metric: str, seeds: list[int], data: str) -> str:
+        params = {"metric": metric, "seeds": seeds}
+        return tracking.start_search(recipe, "/out", "name", params, "study", {"hyperlora.data_fingerprint": data})
+
+    run_id = start("accuracy", [1, 2], "a")
+    first = MlflowClient(uri).get_run(run_id)
+    assert start("held_out_loss", [1, 2, 3], "b") == run_id
+    again = MlflowClient(uri).get_run(run_id)
+    assert again.data.params == first.data.params == {"metric": "accuracy", "seeds": "[1, 2]"}
+    found = [[r.data.tags[f"hyperlora.{k}"] for k in ("metric", "seeds", "data_fingerprint")] for r in (first, again)]
+    assert found == [["accuracy", "[1, 2]", "a"], ["held_out_loss", "[1, 2, 3]", "b"]]
+    assert again.data.tags["mlflow.runName"] == "name"
