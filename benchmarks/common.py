@@ -111,7 +111,7 @@ def build_subject(
             "target_rank": rank / 2,
             "pruning": Pruning(interval=INTERVAL, start=INTERVAL, final=100),
             "hypernetwork": hypernetwork,
-            # The costliest step, at every one: by default Φ moves at every fourth, which a median would not show.
+            # The costliest step, at every one: by default Φ moves at every eighth, which a median would not show.
             "update_rule": UpdateRule(every=1),
         }
         optimizer = HyperAdaLoRA(model, **settings | changes)

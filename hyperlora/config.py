@@ -162,7 +162,7 @@ class HypernetworkConfig(Section):
     scale: Annotated[float, Field(gt=0)] = Field(1.0, description="a, weight of the generated part")
     friction: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="μ of the friction rule")
     reanchor_every: Positive = Field(50, description="K of the reanchored rule, optimizer steps")
-    every: Positive = Field(4, description="K of the hybrid rule, optimizer steps: Φ moves at every K-th")
+    every: Positive = Field(8, description="K of the hybrid rule, optimizer steps: Φ moves at every K-th")
     init_from: str | None = Field(
         None, description="run, checkpoint or trial folder, or URI, whose hypernetworks to start with; null: new ones"
     )

@@ -51,7 +51,7 @@ class UpdateRule:
     scale: float = 1.0
     friction: float = 0.1
     reanchor_every: int = 50
-    every: int = 4
+    every: int = 8
 
     def __post_init__(self) -> None:
         if self.name not in get_args(Rule):

@@ -43,7 +43,7 @@ def build_optimizer(model: PeftModel, method: str = "hyperadalora", rule: str = 
         settings["target_rank"] = 2
     if METHODS[method].hypernetwork:
         settings["hypernetwork"] = HypernetworkSpec(hidden_size=24, heads=2)
-        settings["update_rule"] = UpdateRule(rule, reanchor_every=7)
+        settings["update_rule"] = UpdateRule(rule, reanchor_every=7, every=4)
     return HyperAdaLoRA(model, **{**settings, **changes})
 
 

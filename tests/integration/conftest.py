@@ -39,7 +39,7 @@ def small_recipe(folder: Path) -> dict[str, Any]:
         "task": {"kind": "generation", "max_length": 96, "max_new_tokens": 8},
         "data": {"source": "word-problems", "train_rows": 64, "eval_rows": 8},
         "adapter": {"rank": 4, "target_rank": 2, "alpha": 8},
-        "hypernetwork": {"hidden_size": 24, "heads": 2},
+        "hypernetwork": {"hidden_size": 24, "heads": 2, "every": 4},  # few steps, and they are to move
         "optimizer": {"lr": 0.01},
         "training": {"steps": 20, "batch_size": 8, "checkpoint_every": 5},
         "ray": {"backend": "local"},
