@@ -246,9 +246,10 @@ def _sent(
             client.submit_job(entrypoint=entry, submission_id=job_id, runtime_env=runtime, metadata=tags)
             return job_id
         except (RequestException, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1].rstrip(".")
-            if f"{job_id} already exists" in reason:
+            if f"{job_id} already exists" in str(error):
                 return job_id
+            # Of a traceback of the cluster's the last line; Ray ends it with a point on a line of its own.
+            reason = str(error).rstrip(". \n").rpartition("\n")[2]
             # A head that has just been started has nobody yet who takes jobs.
             if isinstance(error, RuntimeError) and "No available agent" not in reason:
                 raise RecipeError([Problem("job", words, f"one that the cluster takes ({reason})")]) from error
