@@ -18,6 +18,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -74,7 +75,8 @@ def identities(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
 
 def content(tensors: Mapping[str, Tensor], trainer: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, bytes]:
     """The files of a checkpoint, without its manifest."""
-    return {**files, "state.safetensors": pack(tensors), "trainer.json": pack_json(trainer)}
+    # On one line: it has a number of every step, and lines of their own take several times as long.
+    return {**files, "state.safetensors": pack(tensors), "trainer.json": pack_json(trainer, indent=None)}
 
 
 # ---------------------------------------------------------------- writing
@@ -97,7 +99,7 @@ def write(
         step: optimizer steps done.
         files: content by name.
         writer: number and token of the writer; None where no two ever write into the run.
-        patience: seconds that sending the files is tried again, and then sending the manifest.
+        patience: seconds that sending each file is tried again, and then sending the manifest.
         give_up: once set, the next error is the last.
         before_commit: raises when this process must not commit any more.
 
@@ -110,19 +112,27 @@ def write(
         return patiently(action, *arguments, patience=patience, give_up=give_up)
 
     folder = f"{run_uri}/checkpoints/step-{step:08d}" + ("" if writer is None else f"-{writer}")
-    unsent = dict(files)
+    unsent: dict[str, bytes] = {}
 
-    def send() -> None:
-        for name in list(unsent):
-            storage.write(f"{folder}/{name}", unsent[name])
-            del unsent[name]
+    def arrive() -> None:
+        for name, data in unsent.items():
+            storage.write(f"{folder}/{name}", data)
         there = storage.tree(folder)
+        unsent.clear()
         unsent.update({name: data for name, data in files.items() if there.get(name) != len(data)})
         for name, data in unsent.items():
             reason = f"{len(data)} bytes were sent, the store has {there.get(name)}"
             raise StorageError(f"{folder}/{name}", reason, transient=True)
 
-    tried(send)
+    try:
+        for name, data in files.items():
+            tried(storage.write, f"{folder}/{name}", data)
+        tried(arrive)
+    except StorageError:
+        if storage.is_local(folder):  # its disk may be full, and needs the room
+            with suppress(StorageError):
+                storage.remove_tree(folder)
+        raise
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -138,7 +148,7 @@ def save(run_uri: str, step: int, tensors: dict[str, Tensor], trainer: dict[str,
     return write(run_uri, step, content(tensors, trainer, files))
 
 
-def prune(run_uri: str, keep: int, refused: Collection[str] = ()) -> None:
+def prune(run_uri: str, keep: int, refused: Collection[str] = (), number: int | None = None) -> None:
     """Keep the newest checkpoints and delete everything else, of each folder the manifest first.
 
     Folders that have no manifest, or did not verify, do not count and go too: only the run's writer, and only while it
@@ -148,6 +158,7 @@ def prune(run_uri: str, keep: int, refused: Collection[str] = ()) -> None:
         run_uri: the run's folder.
         keep: how many checkpoints.
         refused: URIs of checkpoints that did not verify.
+        number: of the writer's claim; what higher ones have written is left alone, as they may be at it.
 
     Raises:
         StorageError: something could not be listed or deleted; doing it again goes on.
@@ -156,7 +167,7 @@ def prune(run_uri: str, keep: int, refused: Collection[str] = ()) -> None:
     good = [name for name in folders if COMMIT in folders[name] and f"{run_uri}/checkpoints/{name}" not in refused]
     kept = set(good[-keep:])
     for name, files in folders.items():
-        if name in kept:
+        if name in kept or (number is not None and _age(name)[0] > number):
             continue
         for file in sorted(files, key=lambda f: f != COMMIT):
             storage.remove(f"{run_uri}/checkpoints/{name}/{file}")

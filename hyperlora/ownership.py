@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from hyperlora import storage, uris
-from hyperlora.storage import StorageError, patiently
+from hyperlora.storage import PATIENCE, patiently
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +50,19 @@ def number(owner: str) -> int:
     return int(match[1])
 
 
-def check(run_uri: str, owner: str) -> None:
+def check(run_uri: str, owner: str, patience: float = PATIENCE) -> None:
     """Find out whether a claim is still the highest.
+
+    Args:
+        run_uri: the run's folder.
+        owner: the claim.
+        patience: seconds that listing the claims is tried again.
 
     Raises:
         ReplacedError: it is not.
         StorageError: the claims cannot be listed.
     """
-    higher = [name for name in _claims(run_uri) if number(name) > number(owner)]
+    higher = [name for name in _claims(run_uri, patience) if number(name) > number(owner)]
     if not higher:
         return
     raise ReplacedError(
@@ -92,7 +97,7 @@ class Lease:
         self._content["released"] = True
         try:
             self._write()
-        except StorageError as error:
+        except OSError as error:
             logger.warning("the next process waits %g s for %s: %s", LEASE, self._uri, error)
 
     def __enter__(self) -> Lease:
@@ -129,12 +134,12 @@ class Lease:
             self._content["renewals"] += 1
             try:
                 self._write()
-            except StorageError as error:
+            except OSError as error:  # a store that answers 404 as well: who stops here loses the run
                 logger.info("claim not renewed, the next time is in %g s: %s", RENEWAL, error)
 
 
-def _claims(run_uri: str) -> list[str]:
-    found = patiently(storage.tree, f"{run_uri}/owners")
+def _claims(run_uri: str, patience: float = PATIENCE) -> list[str]:
+    found = patiently(storage.tree, f"{run_uri}/owners", patience=patience)
     return sorted(name.removesuffix(".json") for name in found if NAME.match(name.removesuffix(".json")))
 
 

@@ -129,8 +129,8 @@ def _status(error: BaseException) -> int | None:
 # ---------------------------------------------------------------- single operations, each safe to repeat
 
 
-def pack_json(content: Any) -> bytes:
-    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+def pack_json(content: Any, indent: int | None = 1) -> bytes:
+    return (json.dumps(content, indent=indent, sort_keys=True) + "\n").encode()
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
@@ -247,10 +247,15 @@ def refuses_overwriting(uri: str, data: bytes) -> bool:
 def _flushed(path: Path, data: bytes) -> Path:
     """A temporary file beside ``path``, on the disk with all its bytes."""
     new = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.new")
-    with _opened(new) as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with _opened(new) as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        with suppress(OSError):
+            new.unlink()  # a disk that is full needs the room
+        raise
     return new
 
 

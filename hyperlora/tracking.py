@@ -9,6 +9,7 @@ import platform
 import socket
 import sqlite3
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -36,11 +37,14 @@ from mlflow.exceptions import MlflowException
 
 from hyperlora import __version__, spool, storage, uris
 from hyperlora.config import MLflowConfig, Problem, Recipe, RecipeError, first_line, flatten
+from hyperlora.ownership import ReplacedError
 from hyperlora.spool import Spool
 
 logger = logging.getLogger(__name__)
 #: What telling MLflow may end in: it lets through what the libraries of databases and artifact stores raise.
 ERRORS = (Exception,)
+# What MLflow answers to a record that it will never take, and to all that is said of a run that was deleted.
+REFUSED = "INVALID_PARAMETER_VALUE"
 PACKAGES = ("torch", "transformers", "peft", "ray", "mlflow", "datasets")
 # MLflow takes at most this many metrics, parameters and tags in one request.
 BATCH = 1000
@@ -323,14 +327,14 @@ def _artifact_location(uri: str) -> str | None:
 
 
 def resume(recipe: Recipe, run_id: str) -> bool:
-    """Mark an interrupted run as running again; False where the server does not know it.
+    """Mark an interrupted run as running again; False where the server does not know it, or it was deleted.
 
     A server that is away is told nothing and misses no metric.
     """
     try:
         MlflowClient(recipe.mlflow.tracking_uri).update_run(run_id, status="RUNNING")
     except ERRORS as error:
-        if isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        if isinstance(error, MlflowException) and error.error_code in ("RESOURCE_DOES_NOT_EXIST", REFUSED):
             return False
         _not_told(run_id, error)
     _record(run_id).unlink(missing_ok=True)  # this process delivers what waits
@@ -375,10 +379,21 @@ def _finish(client: MlflowClient, run_id: str, outcome: Mapping[str, Any]) -> No
 
 
 def fail(recipe: Recipe, run_id: str, status: str) -> None:
-    """Mark a run as FAILED or KILLED; a server that is away does not hide the error that led here."""
+    """Mark a run as FAILED or KILLED; a server that is away does not hide the error that led here.
+
+    Called while that error is handled: after a ReplacedError how the run ends is for another process to say.
+    """
+    if isinstance(sys.exception(), ReplacedError):
+        return
     uri = recipe.mlflow.tracking_uri
-    if not _tell(run_id, lambda: MlflowClient(uri).set_terminated(run_id, status)):
+    if not _tell(run_id, lambda: _end(MlflowClient(uri), run_id, status)):
         _remember(Missed(run_id, uri, None, status))
+
+
+def _end(client: MlflowClient, run_id: str, status: str) -> None:
+    """Mark a run that has not finished meanwhile, on another machine."""
+    if client.get_run(run_id).info.status != "FINISHED":
+        client.set_terminated(run_id, status)
 
 
 @dataclass(frozen=True)
@@ -424,15 +439,24 @@ def _read_missed(path: Path) -> Missed | None:
 
 
 def missed(tracking_uri: str | None = None) -> list[Missed]:
-    """Runs that ended on this machine while MLflow was away, of one server or of all."""
-    found = [_read_missed(path) for path in sorted(spool.folder().glob("mlflow-*.json"))]
-    return [m for m in found if m is not None and tracking_uri in (None, m.tracking_uri)]
+    """Runs that ended, or were killed, on this machine while MLflow was away, of one server or of all."""
+    read = [_read_missed(path) for path in sorted(spool.folder().glob("mlflow-*.json"))]
+    found = {m.run_id: m for m in read if m is not None}
+    for run_id, path in _queues().items():
+        uri = spool.about(path).get("tracking_uri")
+        if run_id not in found and isinstance(uri, str) and not spool.in_use(path):
+            found[run_id] = Missed(run_id, uri)
+    return [m for m in found.values() if tracking_uri in (None, m.tracking_uri)]
 
 
 def undelivered() -> list[str]:
-    """Ids of runs whose metrics wait on this machine and whose command has not ended, or was killed."""
-    found = {path.stem.removeprefix("mlflow-") for path in spool.folder().glob("mlflow-*.jsonl")}
-    return sorted(found - {run.run_id for run in missed()})
+    """Ids of runs whose metrics wait on this machine and whose command has not ended, or did not say where they go."""
+    return sorted(_queues().keys() - {run.run_id for run in missed()})
+
+
+def _queues() -> dict[str, Path]:
+    """Files of metrics that wait, by the ids of their runs."""
+    return {path.stem.removeprefix("mlflow-"): path for path in sorted(spool.folder().glob("mlflow-*.jsonl"))}
 
 
 def deliver(run: Missed, outcome: Mapping[str, Any] | None) -> None:
@@ -448,14 +472,15 @@ def deliver(run: Missed, outcome: Mapping[str, Any] | None) -> None:
     """
     answers(run.tracking_uri)
     client = MlflowClient(run.tracking_uri)
-    client.get_run(run.run_id)
+    if client.get_run(run.run_id).info.lifecycle_stage != "active":
+        raise ValueError(f"it was deleted there; restore it, or delete {_record(run.run_id).with_suffix('.*')}")
     MLflowSink(run.tracking_uri, run.run_id).close()
     if _waiting(run.run_id).exists():
         raise OSError(f"metrics still wait in {_waiting(run.run_id)}")
     if outcome is not None:
         _finish(client, run.run_id, outcome)
     elif run.status is not None:
-        client.set_terminated(run.run_id, run.status)
+        _end(client, run.run_id, run.status)
     _record(run.run_id).unlink(missing_ok=True)
 
 
@@ -468,7 +493,8 @@ class MLflowSink:
 
     While the server is away metrics wait in a :class:`~hyperlora.spool.Spool`, from which they are delivered when it is
     back, by this process or by the one that goes on with the run on this machine. Steps that the run or the queue
-    already has are not added again, and a metric that is sent twice is stored once: it keeps its time.
+    already has are not added again, and a metric that is sent twice is stored once: it keeps its time. What the server
+    will never take is left out, with one warning.
 
     Args:
         tracking_uri: server or database.
@@ -480,13 +506,13 @@ class MLflowSink:
         self._uri, self._run_id = tracking_uri, run_id
         self._client: MlflowClient | None = None
         self._interval = interval
-        self._spool = Spool(_waiting(run_id))
-        self._closed = self._away = False
+        self._spool = Spool(_waiting(run_id), about={"tracking_uri": tracking_uri})
+        self._closed = self._away = self._refused = False
         self._wake = threading.Event()
         waiting = self._spool.first(len(self._spool))
-        #: Last step in the queue, and last step in the run once the server told it.
+        #: Last step in the queue, and the steps in the run once the server told them.
         self._queued = {kind: max((r["step"] for r in waiting if r["kind"] == kind), default=-1) for kind in _SIGN}
-        self._sent: dict[str, int] | None = None
+        self._sent: dict[str, set[int]] | None = None
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -542,25 +568,48 @@ class MLflowSink:
             self._send()
 
     def _send(self) -> None:
+        count = RECORDS
         try:
             while len(self._spool):
-                records = self._spool.first(RECORDS)
-                self._deliver(records)
+                records = self._spool.first(count)
+                try:
+                    self._deliver(records)
+                except MlflowException as error:
+                    if error.error_code != REFUSED or self._sent is None or not self._active():
+                        raise
+                    if len(records) > 1:
+                        count = 1  # which of them it is
+                        continue
+                    self._leave_out(records[0], error)
+                    count = RECORDS
                 self._away = False
                 self._spool.remove(len(records))
         except ERRORS as error:
             if not self._away:
-                logger.warning("MLflow is away, metrics wait for it: %s", first_line(error))
+                gone = isinstance(error, MlflowException) and error.error_code in ("RESOURCE_DOES_NOT_EXIST", REFUSED)
+                what = f"MLflow run {self._run_id} is no longer there, its" if gone else "MLflow is away,"
+                logger.warning("%s metrics wait for it: %s", what, first_line(error))
             self._away = True
+
+    def _active(self) -> bool:
+        """Whether the run was not deleted."""
+        assert self._client is not None
+        return bool(self._client.get_run(self._run_id).info.lifecycle_stage == "active")
+
+    def _leave_out(self, record: dict[str, Any], error: MlflowException) -> None:
+        if not self._refused:
+            what = record.get("key") or f"{record['kind']} {record['step']}"
+            logger.warning("MLflow run %s goes on without what it refuses: %s: %s", self._run_id, what, error.message)
+        self._refused = True
 
     def _deliver(self, records: list[dict[str, Any]]) -> None:
         # A database that is away is asked when a client of it is made.
         client = self._client = self._client or MlflowClient(self._uri)
         if self._sent is None:
             history = {kind: client.get_metric_history(self._run_id, key) for kind, key in _SIGN.items()}
-            self._sent = {kind: max((m.step for m in found), default=-1) for kind, found in history.items()}
+            self._sent = {kind: {m.step for m in found} for kind, found in history.items()}
         tags = [RunTag(r["key"], r["value"]) for r in records if r["kind"] == "tag"]
-        new = [r for r in records if r["kind"] != "tag" and r["step"] > self._sent[r["kind"]]]
+        new = [r for r in records if r["kind"] != "tag" and r["step"] not in self._sent[r["kind"]]]
         metrics = [Metric(key, value, r["time"], r["step"]) for r in new for key, value in r["metrics"].items()]
         for first in range(0, max(1, len(metrics)), BATCH - len(tags)):
             client.log_batch(self._run_id, metrics=metrics[first : first + BATCH - len(tags)], tags=tags)

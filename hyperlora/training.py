@@ -37,6 +37,9 @@ from hyperlora.uploads import Outcome, Snapshot, Uploader
 from hyperlora.warm_start import WarmStart, read, start_from
 
 T = TypeVar("T")
+#: What a checkpoint's trainer.json has, for a run to go on.
+STATE = {"step", "total_steps", "data", "optimizer", "scheduler", "losses", "step_seconds", "evaluations"}
+STATE |= {"rank_history", "monitors", "warm_start", "training_seconds", "tokens_seen"}
 
 
 @dataclass(frozen=True)
@@ -532,6 +535,7 @@ class Trainer:
                 self.sink.phase("evaluating the base model")
             self.evaluate()
         if rank0:
+            self.uploads.watch()
             self.sink.phase("training")
         if 0 < self.step < self.total_steps and self._due(t.eval_every) and not self._evaluated():
             self.evaluate()  # the run was stopped after this step, before it came to that
@@ -603,14 +607,18 @@ class Trainer:
         try:
             uri = self._commit(snapshot)
             outcome = self.outcome(uri, adapter_uri, seconds) | {"adapter_parameters_final": adapter.parameters}
-            if self.run.owner is not None:
-                ownership.check(self.run.uri, self.run.owner)
+            self._still_owner(patience)
             outcome["adapter_files"] = write_adapter(adapter_uri, adapter, self.recipe, outcome, patience)
+            self._still_owner(patience)  # the store may have been away for minutes
             result = storage.sealed(outcome)
             patiently(storage.write, f"{self.run.uri}/result.json", result, patience=patience)
         except OSError as error:
             raise NotStoredError(self._keep_here(snapshot, adapter, seconds, error)) from error
         return outcome
+
+    def _still_owner(self, patience: float) -> None:
+        if self.run.owner is not None:
+            ownership.check(self.run.uri, self.run.owner, patience)
 
     def _keep_here(self, snapshot: Snapshot, adapter: PlainAdapter, seconds: float, error: OSError) -> str:
         """Write what the store did not take into a folder of this machine; returns what to tell the user."""
@@ -771,9 +779,12 @@ class Trainer:
         """Go on from a checkpoint of the same recipe.
 
         Raises:
-            RecipeError: the checkpoint is of other training rows, or of another model.
+            RecipeError: the checkpoint is of other training rows, of another model, or of another version.
         """
         trainer, data = saved.trainer, self._data()
+        if missing := sorted(STATE - trainer.keys()):
+            allowed = f"a checkpoint of this version: its trainer.json has no {', '.join(missing)}"
+            raise RecipeError([Problem("--resume", saved.uri, allowed)])
         then = {key: trainer["data"].get(key) for key in data}
         if then != data:
             allowed = (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hyperlora import checkpoint, ownership
 from hyperlora.ownership import RENEWAL, ReplacedError
-from hyperlora.storage import StorageError
+from hyperlora.storage import PATIENCE, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +83,14 @@ class Uploader:
             if self._error is not None:
                 return  # told by finished()
             self._waiting = snapshot
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
-                self._thread.start()
+            self._start()
             self._condition.notify_all()
+
+    def watch(self) -> None:
+        """Find out from now on, every few seconds, whether the run is still ours; told by :meth:`finished`."""
+        with self._condition:
+            if self._owner is not None and not self._closed:
+                self._start()
 
     def finished(self) -> list[Outcome]:
         """Outcomes since the last call.
@@ -115,6 +119,11 @@ class Uploader:
         if self._thread is not None:
             self._thread.join()
 
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
+            self._thread.start()
+
     def _run(self) -> None:
         while True:
             with self._condition:
@@ -140,9 +149,9 @@ class Uploader:
         with suppress(StorageError):  # asked again in a few seconds, and before each commit
             self._still_owner()
 
-    def _still_owner(self) -> None:
+    def _still_owner(self, patience: float = PATIENCE) -> None:
         if self._owner is not None:
-            ownership.check(self._uri, self._owner)
+            ownership.check(self._uri, self._owner, patience)
 
     def _upload(self, snapshot: Snapshot) -> None:
         started = time.monotonic()
@@ -152,7 +161,7 @@ class Uploader:
         def before_commit() -> None:
             # The run that goes on from this checkpoint reports none of these steps again.
             snapshot.reported()
-            self._still_owner()
+            self._still_owner(snapshot.patience)
 
         try:
             uri = checkpoint.write(
@@ -180,6 +189,7 @@ class Uploader:
         try:
             # The commit may have taken so long that somebody else has the run by now, and is writing into it.
             self._still_owner()
-            checkpoint.prune(self._uri, self._keep, self.refused)
+            number = None if self._owner is None else ownership.number(self._owner)
+            checkpoint.prune(self._uri, self._keep, self.refused, number)
         except StorageError as error:
             logger.warning("old checkpoints stay until the next one is written: %s", error)

@@ -1,4 +1,4 @@
-"""``hyperlora deliver``: send what MLflow missed of runs that ended on this machine while it was away."""
+"""``hyperlora deliver``: send what MLflow missed of runs that ended, or were killed, on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.common import write_json
 
 
 def main(args: Namespace, console: Console) -> int:
-    """Deliver what waits of runs that have ended; returns 1 when something of them still does."""
+    """Deliver what waits of runs that have no process here; returns 1 when something of them still does."""
     waiting = tracking.missed()
     rows = []
     with console.status("delivering"):

@@ -162,14 +162,14 @@ class Harness:
                 member.kill()
         return process.returncode != 0
 
-    def _term(self, process: subprocess.Popen[str]) -> bool:
+    def _term(self, process: subprocess.Popen[str]) -> bool | None:
         os.kill(process.pid, signal.SIGTERM)
         message = process.communicate(timeout=300)[1]
         assert process.returncode in (0, 143, -signal.SIGTERM), message
         if process.returncode == 143 and self.folder() is not None and "the last checkpoint is" in message:
             newest = checkpoint.load(checkpoint.committed(str(self.folder()))[-1])
             assert f"after step {newest.trainer['step']} of" in " ".join(message.split()), message
-        return process.returncode != 0
+        return None if process.returncode == 0 else True  # the run had ended before
 
     def _outage(self, process: subprocess.Popen[str]) -> bool:
         self.proxy.stop()

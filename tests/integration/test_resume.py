@@ -22,6 +22,7 @@ from hyperlora import checkpoint, runs
 from hyperlora.config import parse
 from hyperlora.training import RunInfo
 from pipelines.cli import main
+from pipelines.common import load_recipe
 
 STEPS = 60
 # A model that is loaded comes in evaluation mode, and this one has a dropout of its own.
@@ -181,6 +182,15 @@ def test_a_run_does_not_go_on_with_other_rows(recipe_file: Path, change: str, ca
     assert "was trained on: 64, SHA-256 of their tokens" in message
     data.write_text("\n".join(original))
     run(recipe_file, *changes, "--resume")
+
+
+def test_a_checkpoint_of_another_version_is_refused(recipe_file: Path, capfd: pytest.CaptureFixture) -> None:
+    folder = recipe_file.parent / "runs/small-20260101-000000"
+    runs.record(RunInfo(str(folder)), load_recipe(str(recipe_file), [f"training.steps={STEPS}"]))
+    uri = checkpoint.save(str(folder), 5, {}, {"step": 5}, {})
+    assert main([*command(recipe_file), "--resume"]) == 2
+    message = " ".join(capfd.readouterr().err.split())
+    assert f"--resume: got '{uri}'; a checkpoint of this version: its trainer.json has no data, evaluations" in message
 
 
 @pytest.mark.parametrize(

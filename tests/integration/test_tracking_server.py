@@ -53,7 +53,7 @@ def test_metrics_outlive_the_server_and_the_process(server: Server) -> None:
     sink.warning("gradient", 9, "it explodes")
     sink.close()
     (waiting,) = spool.folder().glob("*.jsonl")
-    assert len(waiting.read_text().splitlines()) == 7
+    assert len(waiting.read_text().splitlines()) == 1 + 7, "where they go, and what"
     # Another process goes on from a checkpoint of step 7 while the server is still away.
     again = MLflowSink(server.uri, run_id, interval=0.05)
     report(again, 8, 12)
@@ -73,6 +73,69 @@ def test_a_process_without_the_queue_adds_nothing_twice(server: Server) -> None:
         report(sink, first, last)
         sink.close()
     assert history(server, run_id, "loss") == [(n, 1 / n) for n in range(1, 10)]
+
+
+def test_metrics_of_a_process_that_was_killed_reach_a_run_that_finished_elsewhere(
+    server: Server, capsys: pytest.CaptureFixture
+) -> None:
+    client = MlflowClient(server.uri)
+    run_id = client.create_run("0").info.run_id
+    sink = MLflowSink(server.uri, run_id, interval=0.05)
+    report(sink, 1, 5)
+    sink.flush()()
+    server.stop()
+    report(sink, 6, 9)
+    assert main(["deliver"]) == 0
+    assert f"{run_id} has metrics waiting" in " ".join(capsys.readouterr().out.split()), "its process lives"
+    waiting = spool.folder() / f"mlflow-{run_id}.jsonl"
+    left = waiting.read_bytes()
+    sink.close()
+    for path in spool.folder().iterdir():
+        path.unlink()
+    server.start()
+    elsewhere = MLflowSink(server.uri, run_id, interval=0.05)  # from a checkpoint of step 7, to the end
+    report(elsewhere, 8, 12)
+    elsewhere.close()
+    client.set_terminated(run_id)
+    waiting.write_bytes(left)
+    assert main(["deliver"]) == 0
+    assert f"{run_id} in {server.uri}: delivered" in " ".join(capsys.readouterr().out.split())
+    assert history(server, run_id, "loss") == [(n, 1 / n) for n in range(1, 13)]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert not list(spool.folder().iterdir())
+
+
+def test_a_run_that_was_deleted_on_the_server_is_not_taken_for_an_outage(
+    server: Server, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    client = MlflowClient(server.uri)
+    run_id = client.create_run("0").info.run_id
+    sink = MLflowSink(server.uri, run_id, interval=0.05)
+    report(sink, 1, 2)
+    sink.flush()()
+    client.delete_run(run_id)
+    report(sink, 3, 4)
+    sink.close()
+    assert f"MLflow run {run_id} is no longer there" in caplog.text
+    assert "MLflow is away" not in caplog.text
+    assert main(["deliver"]) == 1
+    assert "it was deleted there" in " ".join(capsys.readouterr().out.split())
+    client.restore_run(run_id)
+    assert main(["deliver"]) == 0
+    assert history(server, run_id, "loss") == [(n, 1 / n) for n in range(1, 5)]
+
+
+def test_a_record_that_the_server_refuses_does_not_hold_up_the_others(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = MlflowClient(server.uri).create_run("0").info.run_id
+    sink = MLflowSink(server.uri, run_id, interval=60)
+    for step in range(1, 9):
+        sink.step(step, {"loss": 1 / step} | ({"no: such; name": 1.0} if step in (3, 6) else {}))
+    sink.close()
+    assert history(server, run_id, "loss") == [(n, 1 / n) for n in range(1, 9) if n not in (3, 6)]
+    assert caplog.text.count("goes on without what it refuses") == 1
+    assert not list(spool.folder().iterdir())
 
 
 def command(recipe_file: Path, server: Server, *more: str) -> list[str]:

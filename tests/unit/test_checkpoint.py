@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hyperlora import checkpoint
+from hyperlora import checkpoint, storage
 from hyperlora.checkpoint import FORMAT, RefusedError
 from hyperlora.storage import StorageError
 
@@ -155,6 +157,51 @@ def test_the_newest_are_kept_and_orphans_go(tmp_path: Path) -> None:
         "step-00000015-00000001-aaaaaa",
         "step-00000020-00000001-aaaaaa",
     ]
+
+
+def test_what_later_writers_are_at_is_left_alone(tmp_path: Path) -> None:
+    """A process that was held up for long does not know yet that it was replaced when it clears away."""
+    write(tmp_path, 5, FIRST)
+    write(tmp_path, 10, FIRST)
+    write(tmp_path, 10, SECOND, before_commit=lambda: checkpoint.prune(str(tmp_path), 1, number=1))
+    assert newest(tmp_path) == (10, "")
+    assert steps(tmp_path) == [10, 10]
+
+
+def test_on_a_local_disk_nothing_is_left_of_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full needs the room."""
+    write(tmp_path, 5, FIRST)
+    before = sorted(tmp_path.rglob("*"))
+    sync, count = os.fsync, [2]
+
+    def full(descriptor: int) -> None:
+        count[0] -= 1
+        if count[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left"):
+        write(tmp_path, 10, FIRST, patience=0)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_each_file_is_tried_again_for_as_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long upload: a fault at its start takes nothing from the time that one at its end has."""
+    put, now, failed = storage.write, [0.0], set()
+
+    def slow(uri: str, data: bytes) -> None:
+        if uri not in failed:
+            failed.add(uri)
+            raise StorageError(uri, "503", transient=True)
+        now[0] += 100
+        put(uri, data)
+
+    monkeypatch.setattr(storage, "write", slow)
+    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+    write(tmp_path, 5, FIRST, patience=60)
+    assert len(failed) > 1
+    assert steps(tmp_path) == [5]
 
 
 def test_what_did_not_verify_pushes_nothing_good_out(tmp_path: Path) -> None:

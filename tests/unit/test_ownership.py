@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from nodes import wait_until
 
-from hyperlora import ownership, storage
+from hyperlora import ownership, storage, uploads
 from hyperlora.ownership import Lease, OwnedElsewhereError, ReplacedError
 
 HOLDER = """
@@ -90,6 +91,40 @@ def test_a_renewed_claim_of_another_machine_is_respected(tmp_path: Path) -> None
             Lease(str(tmp_path))
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_claim_is_renewed_after_an_error_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, errors = storage.write, [FileNotFoundError("404"), storage.StorageError("x", "503", transient=True)]
+
+    def write(uri: str, data: bytes) -> None:
+        if errors:
+            raise errors.pop()
+        put(uri, data)
+
+    with Lease(str(tmp_path)) as lease:
+        monkeypatch.setattr(storage, "write", write)
+        wait_until(lambda: json.loads((tmp_path / f"owners/{lease.owner}.json").read_text())["renewals"] >= 3, 20)
+        errors.append(FileNotFoundError("404"))  # when it is released
+
+
+def test_whoever_is_replaced_learns_it_without_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "RENEWAL", 0.1)
+    with Lease(str(tmp_path)) as lease:
+        uploader = uploads.Uploader(str(tmp_path), None, lease.owner, 1)
+        uploader.watch()
+        assert uploader.finished() == []
+        higher = f"{ownership.number(lease.owner) + 1:08d}-00c0ffee"
+        storage.write(f"{tmp_path}/owners/{higher}.json", b"{}")
+
+        def told() -> bool:
+            try:
+                return bool(uploader.finished())
+            except ReplacedError:
+                return True
+
+        wait_until(told, 20)
+        uploader.close()
+
+
 def test_of_many_at_once_at_most_one_is_let_in(tmp_path: Path) -> None:
     for attempt in range(5):
         start = threading.Barrier(6)
@@ -113,9 +148,9 @@ def test_a_claim_that_came_between_two_looks_is_seen(tmp_path: Path, monkeypatch
     """One looks while a third's claim is there; it is taken back, and another comes in under the same number."""
     run, claims, others = str(tmp_path), ownership._claims, []
 
-    def look(uri: str) -> list[str]:
+    def look(uri: str, *patience: float) -> list[str]:
         if others:
-            return claims(uri)
+            return claims(uri, *patience)
         others.append(None)
         others[0] = Lease(run)
         return ["00000001-0badcafe"]

@@ -1,0 +1,153 @@
+"""What MLflow is told of runs that ended, were killed or went on elsewhere; the database is a real one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from hyperlora import spool, tracking
+from hyperlora.config import Recipe
+from hyperlora.ownership import ReplacedError
+from hyperlora.tracking import Missed, MLflowSink
+from pipelines.cli import main
+from pipelines.common import load_recipe
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def client(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowClient]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
+    yield MlflowClient(uri)
+    assert not list(spool.folder().glob("*")), "what was delivered leaves nothing"
+
+
+@pytest.fixture
+def run_id(client: MlflowClient) -> str:
+    return str(client.create_run("0").info.run_id)
+
+
+def recipe(uri: str) -> Recipe:
+    return load_recipe("quickstart", ["mlflow.enabled=true", f"mlflow.tracking_uri={uri}"])
+
+
+def losses(client: MlflowClient, run_id: str) -> list[tuple[int, float]]:
+    """In the order of their times."""
+    found = client.get_metric_history(run_id, "loss")
+    return [(m.step, m.value) for m in sorted(found, key=lambda m: (m.timestamp, m.step))]
+
+
+def report(sink: MLflowSink, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        sink.step(step, {"loss": 1 / step})
+
+
+def leave_behind(uri: str, run_id: str, first: int, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on this machine after a process that could not reach MLflow was killed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(MLflowSink, "_send", lambda sink: None)
+        sink = MLflowSink(uri, run_id, interval=60)
+        report(sink, first, last)
+        assert tracking.undelivered() == [run_id], "it lives"
+        assert tracking.missed() == []
+        sink._spool.close()
+        sink._closed = True
+        sink._wake.set()
+        sink._thread.join()
+
+
+@pytest.mark.parametrize("status", ["FINISHED", None])
+def test_what_a_killed_process_left_is_delivered_to_a_run_that_went_on_elsewhere(
+    uri: str,
+    client: MlflowClient,
+    run_id: str,
+    status: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    first = MLflowSink(uri, run_id)
+    report(first, 1, 5)
+    first.close()
+    leave_behind(uri, run_id, 6, 9, monkeypatch)
+    if status is not None:
+        with monkeypatch.context() as patch:
+            patch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
+            again = MLflowSink(uri, run_id)  # from a checkpoint of step 7
+            report(again, 8, 12)
+            again.close()
+        client.set_terminated(run_id, status)
+    assert tracking.missed() == [Missed(run_id, uri)]
+    assert tracking.missed("http://elsewhere") == []
+    assert main(["deliver"]) == 0
+    assert f"{run_id} in {uri}: delivered" in " ".join(capsys.readouterr().out.split())
+    assert losses(client, run_id) == [(n, 1 / n) for n in range(1, 10 if status is None else 13)]
+    assert client.get_run(run_id).info.status == (status or "RUNNING")
+
+
+def test_how_a_process_ended_does_not_count_once_another_has_finished_the_run(
+    uri: str, client: MlflowClient, run_id: str
+) -> None:
+    other = str(client.create_run("0").info.run_id)
+    client.set_terminated(run_id, "FINISHED")
+    for known in (run_id, other):
+        run = Missed(known, uri, None, "KILLED")
+        tracking._remember(run)
+        tracking.deliver(run, None)
+    tracking.fail(recipe(uri), run_id, "FAILED")
+    assert [client.get_run(known).info.status for known in (run_id, other)] == ["FINISHED", "KILLED"]
+
+
+@pytest.mark.parametrize(("error", "status"), [(ReplacedError, "RUNNING"), (RuntimeError, "FAILED")])
+def test_a_process_that_was_replaced_does_not_end_the_run(
+    uri: str, client: MlflowClient, run_id: str, error: type[Exception], status: str
+) -> None:
+    try:
+        raise error
+    except error:
+        tracking.fail(recipe(uri), run_id, "FAILED")
+    assert client.get_run(run_id).info.status == status
+
+
+def test_a_run_that_was_deleted_is_not_resumed(uri: str, client: MlflowClient, run_id: str) -> None:
+    assert tracking.resume(recipe(uri), run_id)
+    client.delete_run(run_id)
+    assert not tracking.resume(recipe(uri), run_id)
+    assert not tracking.resume(recipe(uri), "0" * 32)
+
+
+def test_metrics_of_a_run_that_was_deleted_wait_until_it_is_restored(
+    uri: str, client: MlflowClient, run_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.delete_run(run_id)
+    sink = MLflowSink(uri, run_id, interval=60)
+    report(sink, 1, 3)
+    sink.close()
+    assert f"MLflow run {run_id} is no longer there" in caplog.text
+    assert "MLflow is away" not in caplog.text
+    (run,) = tracking.missed()
+    with pytest.raises(ValueError, match="it was deleted there; restore it"):
+        tracking.deliver(run, None)
+    client.restore_run(run_id)
+    tracking.deliver(run, None)
+    assert losses(client, run_id) == [(n, 1 / n) for n in range(1, 4)]
+
+
+def test_a_record_that_is_refused_does_not_hold_up_the_others(
+    uri: str, client: MlflowClient, run_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink = MLflowSink(uri, run_id, interval=60)
+    for step in range(1, 100):
+        sink.step(step, {"loss": 1 / step} | ({"no: such; name": 1.0} if step in (3, 60) else {}))
+    sink.close()
+    assert losses(client, run_id) == [(n, 1 / n) for n in range(1, 100) if n not in (3, 60)]
+    (warning,) = caplog.records
+    assert f"MLflow run {run_id} goes on without what it refuses: step 3: " in warning.getMessage()
