@@ -258,7 +258,9 @@ def _check_address(address: str) -> None:
 
 
 def _lets_all_in(address: str) -> bool:
-    """Whether a cluster answers without a token; Ray's port for clients does not say."""
+    """Whether a cluster answers without a token; Ray's port for clients (ray://) does not say, and is not asked."""
+    if "://" in address:
+        return False
     try:
         with grpc.insecure_channel(address) as channel:  # no token is added to this one
             NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=10)
