@@ -1,12 +1,17 @@
-"""Pictures of a finished run: where the rank went, and how the loss fell."""
+"""Pictures of a finished run: where the rank went, and how the loss fell.
+
+Matplotlib is imported where a picture is drawn: whoever prints a table would wait a second for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def rank_table(outcome: Mapping[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
@@ -34,6 +39,8 @@ def shortest_labels(parts: Sequence[str]) -> list[str]:
 
 def rank_heat_map(outcome: Mapping[str, Any]) -> Figure:
     """Layers x modules, the live rank written into each cell."""
+    from matplotlib.figure import Figure
+
     rows, columns, table = rank_table(outcome)
     figure = Figure(figsize=(1.6 + 0.95 * len(columns), 1.7 + 0.32 * len(rows)), dpi=130, layout="constrained")
     axes = figure.subplots()
@@ -63,6 +70,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def loss_curve(outcome: Mapping[str, Any]) -> Figure:
     """Training loss of every step, its moving average, held-out losses, and the live rank on a second axis."""
+    from matplotlib.figure import Figure
+
     losses = np.asarray(outcome["losses"])
     steps = np.arange(1, len(losses) + 1)
     figure = Figure(figsize=(7.2, 4.0), dpi=130, layout="constrained")

@@ -13,7 +13,6 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import create_trial
 
 #: Forests, of different seeds, whose spread is shown.
@@ -45,6 +44,8 @@ def importances(
     """
     if len(trials) < FEWEST or np.ptp([y for _, y in trials]) == 0:
         return {}
+    from optuna.importance import FanovaImportanceEvaluator  # takes a second, which no trial needs
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study()
     distributions = {p["key"]: distribution(p) for p in parameters}
