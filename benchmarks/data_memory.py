@@ -1,8 +1,9 @@
 """Peak memory of the driver against the number of training rows.
 
-For each size a file of word problems is written, and a fresh process checks the recipe as ``hyperlora train`` does
-before it starts workers: rows are read, verified, tokenised and packed. Reported is the process's peak above that of
-the same check with the smallest file, and what a row costs.
+For each size a file of word problems is written, and a fresh process does what ``hyperlora train`` does before it
+starts workers: rows are read, verified, tokenised and packed, verified again, and uploaded to an S3 store, which is a
+process of its own beside it (rclone). Reported is the process's peak above that with the smallest file, what a row
+costs, and the peak before the upload.
 
     python -m benchmarks.data_memory --json benchmarks/results/data_memory.json
 """
@@ -22,21 +23,31 @@ from typing import Any
 from benchmarks.common import provenance, write_json
 from hyperlora.tasks.generated import word_problems
 
-CHECK = """
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import s3
+
+DRIVER = """
 import json, resource, sys, time
+from hyperlora.distributed import share_rows
 from hyperlora.preflight import inspect
 from pipelines.common import load_recipe
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 recipe = load_recipe("quickstart", sys.argv[1:]).with_absolute_paths()
 began = time.perf_counter()
 estimate = inspect(recipe)
-seconds = time.perf_counter() - began
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print(json.dumps({"rows": estimate.train_rows, "peak_bytes": peak, "seconds": seconds}))
+found = {"rows": estimate.train_rows, "inspect_peak_bytes": peak(), "inspect_seconds": time.perf_counter() - began}
+began = time.perf_counter()
+share_rows(recipe, estimate.rows)
+print(json.dumps(found | {"peak_bytes": peak(), "share_seconds": time.perf_counter() - began}))
 """
 
 
 def measure(folder: Path, rows: int) -> dict[str, Any]:
-    """Check a recipe with so many training rows in a process of its own, nothing of it in the cache."""
+    """What a driver does with so many training rows in a process of its own, nothing of it in cache and store."""
     problems = word_problems(min(rows, 10_000), 0, "train")
     lines = [json.dumps(problem) for problem in problems]
     with (folder / "train.jsonl").open("w", encoding="utf-8") as stream:
@@ -44,11 +55,18 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
             stream.write(lines[number % len(lines)] + "\n")
     (folder / "eval.jsonl").write_text("\n".join(lines[:200]) + "\n", encoding="utf-8")
     data = ["data.source=files", f"data.root={folder}", "data.train=train.jsonl", "data.eval=eval.jsonl"]
-    environment = os.environ | {"HYPERLORA_CACHE": str(folder / f"cache-{rows}")}
-    words = [sys.executable, "-c", CHECK, *data, "data.train_rows=null", "mlflow.enabled=false"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    words = [sys.executable, "-c", DRIVER, *data, "data.train_rows=null", "mlflow.enabled=false"]
+    store = folder / "store"
+    (store / "bucket").mkdir(parents=True)
+    with s3.running(s3.rclone(store)) as endpoint:
+        environment = os.environ | s3.ENVIRONMENT | {"AWS_ENDPOINT_URL": endpoint.url}
+        environment |= {"HYPERLORA_CACHE": str(folder / "cache")}
+        words.append("storage.uri=s3://bucket/runs")
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    packed = sum(file.stat().st_size for file in (folder / f"cache-{rows}").rglob("*.arrow"))
+    packed, stored = (sum(f.stat().st_size for f in where.rglob("*.arrow")) for where in (folder / "cache", store))
+    if not packed or packed != stored:
+        raise RuntimeError(f"{packed} bytes are packed and {stored} stored")
     return found | {"file_bytes": (folder / "train.jsonl").stat().st_size, "packed_bytes": packed}
 
 
@@ -58,15 +76,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = []
-    print(f"{'rows':>10}  {'file':>9}  {'packed':>9}  {'peak':>9}  {'above 1st':>9}  {'per row':>8}")
+    columns = ("file", "packed", "unsent", "peak", "above 1st")
+    print(f"{'rows':>10}  " + "  ".join(f"{column:>9}" for column in columns) + f"  {'per row':>8}  {'seconds':>8}")
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
             one = measure(Path(folder), rows)
         one["above_first_bytes"] = one["peak_bytes"] - (found[0]["peak_bytes"] if found else one["peak_bytes"])
         found.append(one)
-        sizes = [one[k] / 2**20 for k in ("file_bytes", "packed_bytes", "peak_bytes", "above_first_bytes")]
-        per_row = one["above_first_bytes"] / rows
-        print(f"{rows:>10,}  " + "  ".join(f"{n:>5.0f} MiB" for n in sizes) + f"  {per_row:>6.0f} B", flush=True)
+        names = ("file_bytes", "packed_bytes", "inspect_peak_bytes", "peak_bytes", "above_first_bytes")
+        sizes = "  ".join(f"{one[name] / 2**20:>5.0f} MiB" for name in names)
+        per_row, seconds = one["above_first_bytes"] / rows, one["inspect_seconds"] + one["share_seconds"]
+        print(f"{rows:>10,}  {sizes}  {per_row:>6.0f} B  {seconds:>6.0f} s", flush=True)
     if arguments.json:
         result = {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **provenance(), "measured": found}
         write_json(arguments.json, result)

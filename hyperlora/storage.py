@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -28,11 +29,18 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+S3, GCS, AZURE = ("s3://", "s3a://"), ("gs://", "gcs://"), ("az://", "abfs://", "abfss://")
+# Seconds until a connection is given up, and an answer.
+CONNECT, ANSWER = 10, 60
 # Every retry is ours, so that the pauses add up to what a caller asked for.
 S3_OPTIONS = {
     "use_listings_cache": False,
-    "config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 1}},
+    "config_kwargs": {"connect_timeout": CONNECT, "read_timeout": ANSWER, "retries": {"total_max_attempts": 1}},
 }
+# gcsfs would ask another service what kind of bucket it is before each operation, for a minute where that is away.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+#: Bytes of a part of a file on its way to or from S3, of which s3fs has ten in memory at a time; and parts at most.
+PART, PARTS = 8 * 2**20, 10_000
 #: Seconds that an operation is tried again where the caller names none.
 PATIENCE = 15.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
@@ -40,6 +48,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
 SEAL = "sha256"
 PERMANENT = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 PERMANENT_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOSYS}
+PERMANENT_STATUSES = {403, 404}
 
 
 class StorageError(OSError):
@@ -59,10 +68,22 @@ class StorageError(OSError):
 
 def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a URI and the path in it."""
-    options = S3_OPTIONS if uri.startswith(("s3://", "s3a://")) else {}
-    fs, path = fsspec.core.url_to_fs(uri, **options)
-    if options:
+    if uri.startswith(S3):
+        fs, path = fsspec.core.url_to_fs(uri, **S3_OPTIONS)
         fs.retries = 1
+    elif uri.startswith(GCS):
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(total=None, sock_connect=CONNECT, sock_read=ANSWER)
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, requests_timeout=timeout)
+        with suppress(AttributeError):  # no option turns its retries off
+            fs._request = partial(type(fs)._request.__wrapped__, fs)
+    elif uri.startswith(AZURE):
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        with suppress(AttributeError):  # no option does; its first pause is as long as a lease
+            fs.service_client._config.retry_policy.total_retries = 0
+    else:
+        fs, path = fsspec.core.url_to_fs(uri)
     return fs, path
 
 
@@ -112,18 +133,25 @@ def _translated(uri: str) -> Iterator[None]:
     """Errors of any store's library as StorageError; what is there or not there stays what it is."""
     try:
         yield
-    except (FileNotFoundError, FileExistsError):
+    except (FileNotFoundError, FileExistsError, StorageError):
         raise
     except Exception as error:
-        transient = not isinstance(error, PERMANENT) and getattr(error, "errno", None) not in PERMANENT_NUMBERS
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise StorageError(uri, reason, transient) from error
+        permanent = isinstance(error, PERMANENT) or getattr(error, "errno", None) in PERMANENT_NUMBERS
+        transient = not permanent and _status(error) not in PERMANENT_STATUSES
+        text = str(error).partition("\nContent: ")[0]  # Azure's answer as XML, once more
+        raise StorageError(uri, " ".join(text.split()) or type(error).__name__, transient) from error
 
 
 def _status(error: BaseException) -> int | None:
-    """HTTP status behind an error of S3."""
-    response: Any = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
-    return response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+    """HTTP status behind an error of a store's library."""
+    for each in (error.__cause__, error):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):  # S3
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        for name in ("status_code", "code"):  # Azure, gcsfs
+            if isinstance(status := getattr(each, name, None), int):
+                return status
+    return 403 if str(error).startswith("Forbidden: ") else None  # all that gcsfs keeps of it
 
 
 # ---------------------------------------------------------------- single operations, each safe to repeat
@@ -179,7 +207,14 @@ def write(uri: str, data: bytes) -> None:
             new.replace(path)
             _flush_folder(Path(path).parent)
         else:
-            fs.pipe_file(path, data)
+            _put(uri, fs, path, data)
+
+
+def _put(uri: str, fs: AbstractFileSystem, path: str, data: bytes, **options: Any) -> None:
+    try:
+        fs.pipe_file(path, data, **options)
+    except FileNotFoundError as error:  # nothing else can be missing
+        raise _no_bucket(uri, fs, path) from error
 
 
 def create(uri: str, data: bytes) -> None:
@@ -212,14 +247,14 @@ def _create(uri: str, data: bytes) -> None:
         if fs.exists(path):
             raise FileExistsError(uri)
         try:
-            fs.pipe_file(path, data, mode="create")
+            _put(uri, fs, path, data, mode="create")
         except OSError as error:
             status = _status(error)
             if status == 412:
                 raise FileExistsError(uri) from error
             if status != 501:
                 raise
-            fs.pipe_file(path, data)
+            _put(uri, fs, path, data)
 
 
 def refuses_overwriting(uri: str, data: bytes) -> bool:
@@ -234,7 +269,7 @@ def refuses_overwriting(uri: str, data: bytes) -> bool:
             if is_local(uri):
                 _create(uri, data)
             else:
-                fs.pipe_file(path, data, mode="create")
+                _put(uri, fs, path, data, mode="create")
         except FileExistsError:
             return True
         except OSError as error:
@@ -289,7 +324,8 @@ def upload(file: Path, uri: str) -> None:
     with _translated(uri):
         fs, path = filesystem(uri)
         if not is_local(uri):
-            fs.put_file(str(file), path)
+            parts = {"chunksize": max(PART, -(-file.stat().st_size // PARTS))} if uri.startswith(S3) else {}
+            fs.put_file(str(file), path, **parts)
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -311,7 +347,7 @@ def download(uri: str, file: Path) -> None:
     """
     with _translated(uri):
         fs, path = filesystem(uri)
-        fs.get_file(path, str(file))
+        fs.get_file(path, str(file), **({"chunksize": PART} if uri.startswith(S3) else {}))
 
 
 def identity(uri: str) -> dict[str, Any]:
@@ -331,15 +367,11 @@ def tree(uri: str) -> dict[str, int]:
     """Sizes in bytes of all files at any depth below a folder, by path relative to it; empty without a folder.
 
     Raises:
-        StorageError: it could not be listed.
+        StorageError: it could not be listed, or there is no such bucket.
     """
-    with _translated(uri):
-        fs, root = filesystem(uri)
-        root = root.rstrip("/")
-        try:
-            found: dict[str, Any] = fs.find(root, detail=True)
-        except FileNotFoundError:
-            return {}
+    root, found = _listed(uri, lambda fs, root: fs.find(root, detail=True))
+    if isinstance(found, list):  # adlfs's answer where a file has that name
+        return {}
     return {path[len(root) + 1 :]: int(info["size"]) for path, info in found.items() if path.startswith(f"{root}/")}
 
 
@@ -347,12 +379,36 @@ def glob(uri: str, pattern: str) -> list[str]:
     """Paths below a folder, relative to it, that match a pattern.
 
     Raises:
-        StorageError: it could not be listed.
+        StorageError: it could not be listed, or there is no such bucket.
     """
+    root, found = _listed(uri, lambda fs, root: fs.glob(f"{escape(root)}/{pattern}"))
+    return sorted(path[len(root) + 1 :] for path in found)
+
+
+def _listed(uri: str, find: Callable[[AbstractFileSystem, str], Any]) -> tuple[str, Any]:
+    """A folder's path and what is found there."""
     with _translated(uri):
         fs, root = filesystem(uri)
         root = root.rstrip("/")
-        return sorted(path[len(root) + 1 :] for path in fs.glob(f"{escape(root)}/{pattern}"))
+        try:
+            found = find(fs, root)
+        except FileNotFoundError as error:
+            if not uri.startswith(S3 + GCS + AZURE):
+                return root, {}
+            raise _no_bucket(uri, fs, root) from error  # without the folder alone nothing is found
+        # Listings of adlfs, and s3fs's globs, pass over a missing bucket.
+        if not found and uri.startswith(S3 + AZURE):
+            try:
+                fs.info(fs.split_path(root)[0])
+            except FileNotFoundError as error:
+                raise _no_bucket(uri, fs, root) from error
+            except Exception as error:
+                logger.debug("whether there is a bucket for %s: %s", uri, error)
+    return root, found
+
+
+def _no_bucket(uri: str, fs: AbstractFileSystem, root: str) -> StorageError:
+    return StorageError(uri, f"there is no bucket {fs.split_path(root)[0]!r}", transient=False)
 
 
 def exists(uri: str) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -187,25 +188,53 @@ def test_another_machine_gets_them_from_the_storage(
         task(given, rows=rows)
 
 
-def test_jobs_that_start_together_build_and_share_once(
-    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given, counts = recipe(tmp_path, storage={"uri": bucket}), {"write": 0, "upload": 0}
+def job(rounds: list[tuple[Recipe, str]], start: Any, told: Any) -> None:
+    """What the drivers of jobs do, one after the other, each with its cache; tells of what it does, and of the rows."""
+    doing: list[Any] = []
 
     def counted(name: str, call: Any) -> Any:
         def counting(*arguments: Any) -> Any:
-            counts[name] += 1
+            told.put((*doing, name, os.getpid()))
             time.sleep(0.5)  # so that the others come meanwhile
             return call(*arguments)
 
         return counting
 
-    monkeypatch.setattr(tasks, "write", counted("write", tasks.write))
-    monkeypatch.setattr(storage, "upload", counted("upload", storage.upload))
-    with ThreadPoolExecutor(3) as jobs:
-        fingerprints = set(jobs.map(share_rows, 3 * [given]))
-    assert len(fingerprints) == 1
-    assert counts == {"write": 1, "upload": 2}, "two parts, once"
+    tasks.write = counted("write", tasks.write)
+    storage.upload = counted("upload", storage.upload)
+    for number, (given, cache) in enumerate(rounds):
+        os.environ["HYPERLORA_CACHE"] = cache
+        doing[:] = [number]
+        start.wait(300)
+        told.put((number, "rows", share_rows(given)))
+
+
+def test_jobs_that_start_together_build_and_share_once(bucket: str, tmp_path: Path) -> None:
+    """In processes of their own: first on one machine, then on a machine each."""
+    spawn = multiprocessing.get_context("spawn")
+    start, told = spawn.Barrier(3), spawn.SimpleQueue()
+    one, each = (recipe(tmp_path, storage={"uri": f"{bucket}/{name}"}) for name in ("one", "each"))
+    processes = [
+        spawn.Process(target=job, args=([(one, f"{tmp_path}/one"), (each, f"{tmp_path}/{n}")], start, told))
+        for n in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    found = []
+    while not told.empty():
+        found.append(told.get())
+    for number, machines in ((0, 1), (1, 3)):
+        rows, written, uploaded = (
+            [what for *where, what in found if where == [number, name]] for name in ("rows", "write", "upload")
+        )
+        assert len(rows) == 3
+        assert len(set(rows)) == 1
+        assert len(written) == len(set(written)) == machines, "tokenised once on a machine"
+        assert len(uploaded) == 2, "two parts, once"
+        assert len(set(uploaded)) == 1, "by one of them"
 
 
 def test_training_under_ray_leaves_them_below_the_storage(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

@@ -6,10 +6,17 @@ import errno
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.registry import _registry
 
 from hyperlora import storage, uris
 from hyperlora.storage import StorageError, patiently
@@ -222,3 +229,174 @@ def test_a_tree_is_deleted_when_the_own_folder_is_gone(tmp_path: Path, monkeypat
     (tmp_path / "here").rmdir()
     storage.remove_tree(str(tmp_path / "tree"))
     assert list(tmp_path.iterdir()) == []
+
+
+class Store(AbstractFileSystem):
+    """Returns or raises ``answer`` as a store's package does, and ``bucket`` when it is asked for the bucket."""
+
+    cachable = False
+
+    def __init__(self, answer: Any, bucket: Any = None) -> None:
+        super().__init__()
+        self.answer, self.bucket = answer, bucket
+
+    def _told(self, answer: Any) -> Any:
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def find(self, path: str, **options: Any) -> Any:
+        return self._told(self.answer)
+
+    def glob(self, path: str, **options: Any) -> Any:
+        return self._told(self.answer)
+
+    def pipe_file(self, path: str, data: bytes, **options: Any) -> None:
+        self._told(self.answer)
+
+    def exists(self, path: str, **options: Any) -> bool:
+        return False
+
+    def info(self, path: str, **options: Any) -> Any:
+        assert path == "bucket"
+        return self._told(self.bucket)
+
+    def split_path(self, path: str) -> tuple[str, str, None]:
+        bucket, _, key = path.partition("/")
+        return bucket, key, None
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts such a store in the place of every other."""
+
+    def use(*answers: Any) -> None:
+        store = Store(*answers)
+        monkeypatch.setattr(storage, "filesystem", lambda uri: (store, uri.partition("://")[2]))
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("uri", "answers"),
+    [
+        ("s3://bucket/runs", (FileNotFoundError("The specified bucket does not exist"),)),
+        ("s3://bucket/runs", ([], FileNotFoundError("bucket"))),  # a glob of s3fs
+        ("gs://bucket/runs", (FileNotFoundError("b/bucket/o"),)),
+        ("az://bucket/runs", ({}, FileNotFoundError(2, "No such container", "bucket"))),
+    ],
+)
+def test_a_missing_bucket_is_named(answering: Callable[..., None], uri: str, answers: tuple[Any, ...]) -> None:
+    answering(*answers)
+    for look in (storage.tree, lambda uri: storage.glob(uri, "*/run.json")):
+        with pytest.raises(StorageError, match=f"{uri}: there is no bucket 'bucket'") as caught:
+            look(uri)
+        assert not caught.value.transient
+
+
+@pytest.mark.parametrize("put", [storage.write, storage.create, storage.refuses_overwriting])
+def test_a_missing_bucket_is_named_by_what_is_written(
+    answering: Callable[..., None], put: Callable[[str, bytes], None]
+) -> None:
+    answering(FileNotFoundError("https://storage.googleapis.com/upload/storage/v1/b/bucket/o"))
+    with pytest.raises(StorageError, match="gs://bucket/file: there is no bucket 'bucket'") as caught:
+        put("gs://bucket/file", b"x")
+    assert not caught.value.transient
+
+
+@pytest.mark.parametrize(
+    ("uri", "answers"),
+    [
+        ("s3://bucket/runs", ({}, {"name": "bucket"})),
+        ("s3://bucket/runs", ({}, PermissionError("HeadBucket: Forbidden"))),  # may list, may not ask
+        ("gs://bucket/runs", ({}, FileNotFoundError("bucket"))),  # who may not ask for it is told so
+        ("az://bucket/runs", ({}, RuntimeError("This request is not authorized"))),
+        ("https://host/runs", (FileNotFoundError("404"),)),
+        ("az://bucket/runs", (["bucket/runs"],)),  # adlfs of a file
+    ],
+)
+def test_a_missing_folder_is_an_empty_one(answering: Callable[..., None], uri: str, answers: tuple[Any, ...]) -> None:
+    answering(*answers)
+    assert storage.tree(uri) == {}
+
+
+def error(kind: str, message: str = "", **attributes: Any) -> Exception:
+    return type(kind, (Exception,), attributes)(message)
+
+
+@pytest.mark.parametrize(
+    ("raised", "transient"),
+    [
+        (OSError("Forbidden: b/bucket/o\nno storage.objects.create access"), False),  # gcsfs
+        (error("HttpError", "SlowDown, 503", code=503), True),
+        (error("HttpError", "Invalid Credentials, 401", code=401), True),  # the token's server was away
+        (error("HttpResponseError", "AuthorizationFailure", status_code=403), False),  # Azure
+        (error("ResourceNotFoundError", "The specified container does not exist.", status_code=404), False),
+        (error("HttpResponseError", "ServerBusy", status_code=503), True),
+        (error("ServiceRequestError", "Cannot connect to host", status_code=None), True),
+    ],
+)
+def test_what_other_stores_raise_is_borne_or_not(
+    answering: Callable[..., None], raised: Exception, transient: bool
+) -> None:
+    answering(raised)
+    with pytest.raises(StorageError) as caught:
+        storage.write("az://bucket/file", b"x")
+    assert caught.value.transient is transient
+
+
+def test_the_reason_of_azure_is_told_without_its_xml(answering: Callable[..., None]) -> None:
+    answering(error("HttpResponseError", "The account is busy.\nErrorCode:ServerBusy\nContent: <?xml version='1.0'?>"))
+    with pytest.raises(StorageError) as caught:
+        storage.write("az://bucket/file", b"x")
+    assert str(caught.value) == "az://bucket/file: The account is busy. ErrorCode:ServerBusy"
+
+
+def test_what_wraps_an_error_is_as_transient_as_it(answering: Callable[..., None]) -> None:
+    wrapped = RuntimeError("Failed to remove")
+    wrapped.__cause__ = error("HttpResponseError", "AuthorizationFailure", status_code=403)
+    answering(wrapped)
+    with pytest.raises(StorageError) as caught:
+        storage.write("az://bucket/file", b"x")
+    assert not caught.value.transient
+
+
+@pytest.mark.parametrize("protocol", ["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"])
+def test_no_store_keeps_listings_and_none_tries_again_by_itself(monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
+    """Others write, too; and pauses of the packages would outlast a claim, and the patience that a caller has."""
+    calls: list[int] = []
+
+    class Package(AbstractFileSystem):
+        cachable = False
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            policy = SimpleNamespace(total_retries=3)
+            self.service_client = SimpleNamespace(_config=SimpleNamespace(retry_policy=policy))
+            self.retries = 5
+
+        def once(self, number: int) -> None:
+            calls.append(number)
+            raise OSError("503")
+
+        @wraps(once)
+        def _request(self, number: int) -> None:
+            with suppress(OSError):
+                self.once(number)
+            self.once(number)
+
+    monkeypatch.setitem(_registry, protocol, Package)
+    fs, _ = storage.filesystem(f"{protocol}://bucket/runs")
+    assert not fs.dircache.use_listings_cache
+    if protocol.startswith("s3"):
+        assert fs.retries == 1
+    elif protocol.startswith("g"):
+        with pytest.raises(OSError, match="503"):
+            fs._request(7)
+        assert calls == [7]
+    else:
+        assert fs.service_client._config.retry_policy.total_retries == 0
+
+
+def test_gcsfs_asks_no_other_service_for_the_kind_of_a_bucket() -> None:
+    assert os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] == "false"
