@@ -89,12 +89,40 @@ def _held(settings: RayConfig, resources: Mapping[str, float]) -> int:
     kind = settings.accelerator_type
     if kind is not None and ACCELERATOR + kind not in resources:
         return 0
-    return min(times(amount, resources.get(name, 0)) for name, amount in _each(settings).items())
+    return min(_parts(name, amount, resources.get(name, 0)) for name, amount in _each(settings).items())
+
+
+def _parts(name: str, amount: float, total: float) -> int:
+    """How often a node gives an amount of a resource; parts of a GPU are of one GPU: two of 0.4 each."""
+    if name == "GPU" and amount < 1:
+        return times(amount, 1) * int(total)
+    return times(amount, total)
 
 
 def times(amount: float, total: float) -> int:
     """How often a resource holds an amount of it, in Ray's own unit of a ten-thousandth: 1 // 0.2 is 4."""
     return round(total * 10_000) // max(1, round(amount * 10_000))
+
+
+def trials(settings: RayConfig, nodes: Sequence[Node], growth: Growth | None = None) -> int:
+    """How many trials run at a time, each with all workers of a recipe.
+
+    Args:
+        settings: of the recipe.
+        nodes: the living ones.
+        growth: how far an autoscaler goes, which then counts in place of what it has started by now.
+    """
+    workers, limits = settings.most, {} if growth is None else growth.resources
+    if growth is not None:
+        nodes = grown(settings, nodes, growth)
+    held = [_held(settings, n.resources) for n in nodes]
+    found = sum(held) // workers
+    if settings.placement == "STRICT_PACK":
+        found = sum(h // workers for h in held)
+    elif settings.placement == "STRICT_SPREAD":
+        # A node takes one worker of each trial.
+        found = next((n for n in range(found, 0, -1) if sum(min(h, n) for h in held) >= n * workers), 0)
+    return min([found, *(times(a * workers, limits[name]) for name, a in _each(settings).items() if name in limits)])
 
 
 def problems(settings: RayConfig, nodes: Sequence[Node], growth: Growth | None = None) -> list[Problem]:

@@ -8,14 +8,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-# Ray reads these when it is imported. Its usage report is off; accelerators are shown to workers as Ray assigns them.
+# Ray reads these when it is imported. Its usage report is off; accelerators are shown to workers as Ray assigns them;
+# Ray Train asks every second, not every five, whether a node is going away.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
 
 import grpc
 import pyarrow.fs
@@ -32,13 +34,15 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution.context import get_train_context
-from ray.util.queue import Queue
+from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hyperlora import autoscaling, capacity, packed, storage, tokens, training
 from hyperlora.adapters import load_tokenizer
-from hyperlora.capacity import Node
+from hyperlora.capacity import Growth, Node
 from hyperlora.config import Problem, Recipe, RecipeError, first_line, parse
+from hyperlora.environment import ADDRESS, changed
+from hyperlora.ownership import ReplacedError
 from hyperlora.stopping import NonFiniteError, Notice, NotStoredError, StoppedError, terminable
 from hyperlora.storage import StorageError
 from hyperlora.tasks import build_task, shared_rows
@@ -50,7 +54,7 @@ logger = logging.getLogger(__name__)
 Event = tuple[str, tuple[Any, ...]]
 
 #: What Ray's clients take for the dashboard of their cluster, the first before the second.
-DASHBOARD = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+DASHBOARD = (ADDRESS, "RAY_ADDRESS")
 #: A resource that Ray gives to the head alone.
 HEAD = "node:__internal_head__"
 
@@ -94,7 +98,7 @@ class _QueueSink:
 
 
 class _Order:
-    """The driver's order to stop, asked for in the background twice a second."""
+    """The driver's order to stop, waited for in the background."""
 
     def __init__(self, orders: Queue) -> None:
         self._given, self._over = threading.Event(), threading.Event()
@@ -108,8 +112,9 @@ class _Order:
         self._over.set()
 
     def _ask(self) -> None:
-        while not self._over.wait(0.5):
-            if not self._orders.empty():
+        while not self._over.is_set():
+            with suppress(Empty):
+                self._orders.get(timeout=1)
                 self._given.set()
                 return
 
@@ -202,16 +207,9 @@ def _known_to_helpers() -> Iterator[None]:
     The one that frees the places of a trial that was stopped asks whatever dashboard the environment names, and on a
     machine with two clusters none.
     """
-    before = {name: os.environ.get(name) for name in DASHBOARD}
-    os.environ |= dict(zip(DASHBOARD, ("", ray.get_runtime_context().gcs_address), strict=True))
     ENV_VARS_TO_PROPAGATE.update(DASHBOARD)
-    try:
+    with changed(dict(zip(DASHBOARD, ("", ray.get_runtime_context().gcs_address), strict=True))):
         yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _start(options: dict[str, Any], attempts: int = 3) -> None:
@@ -279,18 +277,27 @@ def _unreachable(address: str, error: Exception) -> RecipeError:
     return RecipeError([Problem("ray.address", address, allowed)])
 
 
+def living() -> list[Node]:
+    """The nodes of the cluster."""
+    return [Node(n["Resources"], n.get("Labels") or {}) for n in ray.nodes() if n["Alive"]]
+
+
+def growth() -> Growth | None:
+    """How far the cluster's autoscaler goes, as its head knows; None when nothing there says so."""
+    (head,) = (n for n in ray.nodes() if n["Alive"] and HEAD in n["Resources"])
+    place = NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
+    return ray.get(ray.remote(num_cpus=0)(autoscaling.growth).options(scheduling_strategy=place).remote())
+
+
 def _check_resources(recipe: Recipe) -> None:
-    living = [n for n in ray.nodes() if n["Alive"]]
-    nodes = [Node(n["Resources"], n.get("Labels") or {}) for n in living]
+    nodes = living()
     problems = capacity.problems(recipe.ray, nodes)
     if problems and capacity.may_grow(nodes):
-        (head,) = (n for n in living if HEAD in n["Resources"])
-        place = NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
-        growth = ray.get(ray.remote(num_cpus=0)(autoscaling.growth).options(scheduling_strategy=place).remote())
-        if growth is None:
+        limit = growth()
+        if limit is None:
             logger.warning("waiting for nodes that an autoscaler adds: %s", "; ".join(map(str, problems)))
             return
-        problems = capacity.problems(recipe.ray, nodes, growth)
+        problems = capacity.problems(recipe.ray, nodes, limit)
     if problems:
         raise RecipeError(problems)
 
@@ -329,6 +336,7 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         NonFiniteError: a loss or gradient was not finite.
         StoppedError: this process got SIGTERM, and the workers saved a checkpoint.
         NotStoredError: the end of the run could not be written.
+        ReplacedError: another process has taken over the run.
         RuntimeError: workers died more often than ``ray.max_failures``.
     """
 
@@ -376,7 +384,7 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise RuntimeError(_reason(error)) from error
+            raise _failure(error) from error
         finally:
             over.set()
             follower.join()
@@ -411,13 +419,15 @@ def _follow(queue: Queue, sink: Sink, over: threading.Event, failures: list[Exce
                 getattr(sink, kind)(*arguments)
 
 
-def _reason(error: BaseException) -> str:
-    """The workers' own errors, without the traceback of the machinery."""
+def _failure(error: BaseException) -> RuntimeError:
+    """The workers' own errors, without the traceback of the machinery; that the run was taken over as what it is."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
-        return str(error)
+        return RuntimeError(str(error))
     lines = []
     for rank, failure in sorted(failures.items()):
         cause = failure.cause if isinstance(failure, RayTaskError) else failure
+        if isinstance(cause, ReplacedError):
+            return cause
         lines.append(f"worker {rank}: {type(cause).__name__}: {first_line(cause)}")
-    return "training failed on the workers\n  " + "\n  ".join(lines)
+    return RuntimeError("training failed on the workers\n  " + "\n  ".join(lines))

@@ -1,12 +1,14 @@
 """Ray jobs: a command of this package as a job on a cluster, followed, listed, stopped. Imports ray.job_submission.
 
-What a job needs travels as its working directory: the packages and the files that the command names. Secrets travel by
-name: values are read from this process's environment and given to the job alone.
+What a job needs travels as its working directory: the packages and the files that the command names. Secrets are given
+by name: their values are read from this process's environment and travel as a file of that directory, since Ray logs
+the variables of a runtime environment and tells them to whoever asks for the job.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import re
@@ -28,6 +30,8 @@ import ray
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -38,6 +42,7 @@ from requests.exceptions import RequestException
 from hyperlora import autoscaling, tokens, uris
 from hyperlora.capacity import Growth, Node
 from hyperlora.config import Problem, RecipeError, first_line
+from hyperlora.environment import ADDRESS, GIVEN, changed, take_given
 
 PACKAGES = ("hyperlora", "pipelines", "tune_spaces")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "runs", "mlflow.db", "mlartifacts", "mlruns")
@@ -53,8 +58,6 @@ ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 #: Extras of this package for stores that not everybody has.
 STORES = ("gs", "az")
-#: The variable that Ray's own commands for jobs read.
-ADDRESS = "RAY_API_SERVER_ADDRESS"
 
 #: Loggers of Ray that tell of uploads and connections whatever Ray's own level is.
 CHATTER = (
@@ -122,14 +125,8 @@ def _only(address: str) -> Iterator[str]:
     except ValueError as error:
         allowed = f"the URL of the cluster's dashboard, such as http://HOST:8265 ({error})"
         raise RecipeError([Problem("--address", address, allowed)]) from error
-    before = os.environ.get(ADDRESS)
-    os.environ[ADDRESS] = url
-    try:
+    with changed({ADDRESS: url}):
         yield url
-    finally:
-        os.environ.pop(ADDRESS)
-        if before is not None:
-            os.environ[ADDRESS] = before
 
 
 @contextmanager
@@ -173,19 +170,38 @@ def nodes(address: str) -> list[Node]:
 def pack(job: Job, folder: Path) -> int:
     """Fill a working directory; returns its size in bytes.
 
+    Of the packages, what .gitignore and .rayignore of a checkout name stays here; the command's files go in any case.
+
     Raises:
         RecipeError: it is too large.
     """
     for package in PACKAGES:
-        shutil.copytree(Path(str(resources.files(package))), folder / package, ignore=IGNORED)
+        source = Path(str(resources.files(package)))
+        shutil.copytree(source, folder / package, ignore=_left_out(source.parent))
     for name, file in job.files.items():
         shutil.copyfile(file, folder / name)
+    if job.env:
+        given = folder / GIVEN
+        given.touch(mode=0o600)  # Ray unpacks it as it is
+        given.write_text(json.dumps({name: os.environ[name] for name in job.env}), encoding="utf-8")
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     if size > LARGEST:
         allowed = f"at most {LARGEST // 2**20} MiB with the packages; put data into a store that every node reaches"
         names = ", ".join(str(f) for f in job.files.values())
         raise RecipeError([Problem("files of the job", f"{size / 2**20:.0f} MiB ({names})", allowed)])
     return size
+
+
+def _left_out(root: Path) -> Callable[[str, list[str]], set[str]]:
+    """For ``copytree``, as Ray would leave out: it looks for rules in the working directory alone, which is a copy."""
+    rules = get_excludes_from_ignore_files(
+        root, include_gitignore=os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE) != "1"
+    )
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        return IGNORED(folder, names) | {n for n in names if any(rule(Path(folder, n)) for rule in rules)}
+
+    return left_out
 
 
 def pinned() -> list[str]:
@@ -263,11 +279,13 @@ def _sent(
 
 
 def _runtime(job: Job, folder: Path) -> dict[str, Any]:
-    env = {name: os.environ[name] for name in job.env}
     runtime: dict[str, Any] = {
         "working_dir": str(folder),
-        "env_vars": {**env, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), "PYTHONUNBUFFERED": "1"},
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), "PYTHONUNBUFFERED": "1"},
     }
+    if job.env:
+        # In every process that Ray starts for the job; its own command takes them itself.
+        runtime["worker_process_setup_hook"] = f"{take_given.__module__}.{take_given.__name__}"
     return runtime | ({"pip": pinned()} if job.install else {})
 
 
@@ -275,12 +293,12 @@ def growth(client: JobSubmissionClient, job: Job) -> Growth | None:
     """How far the cluster's autoscaler goes; None when that is told nowhere.
 
     The dashboard does not know, so it is asked by a small job on the head, with the working directory that ``job``
-    gets: Ray keeps one copy.
+    gets, without its secrets: Ray keeps one copy where there are none.
 
     Raises:
         RecipeError: the small job failed, or has not ended after minutes.
     """
-    small_job = replace(job, env=())  # no secrets: it needs none
+    small_job = replace(job, env=())
     with tempfile.TemporaryDirectory() as folder:
         pack(small_job, Path(folder))
         runtime, what = _runtime(small_job, Path(folder)), "(how far the autoscaler goes)"

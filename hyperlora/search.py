@@ -112,7 +112,8 @@ def run(
     yield from _recorded(plan, done, set())
     if all(trial.name in done for trial in plan(done)):
         return
-    settings = recipe.ray.model_copy(update={"num_workers": concurrency})
+    # Where workers of one run have to be is nothing to trials, which know nothing of each other.
+    settings = recipe.ray.model_copy(update={"num_workers": concurrency, "placement": "PACK"})
     rows = share_rows(recipe)
     with (
         cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False),
@@ -120,7 +121,11 @@ def run(
     ):
         # Processes are kept for the next trial, on a GPU as well: importing everything costs seconds.
         task = ray.remote(
-            max_retries=0, max_calls=0, num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker
+            max_retries=0,
+            max_calls=0,
+            num_cpus=settings.cpus_per_worker,
+            num_gpus=settings.gpus_per_worker,
+            accelerator_type=settings.accelerator_type,  # type: ignore[arg-type]  # None: any
         )(_train)
         running: dict[Any, Trial] = {}
         ended: list[Result] = []

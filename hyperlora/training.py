@@ -372,6 +372,8 @@ class Trainer:
         self._failing = False
         self._checkpoint_metrics: dict[str, float] = {}
         self._told_to_stop = self._told_of_leaving = False
+        #: Step of the last checkpoint that was begun.
+        self._saved: int | None = None
 
     def _first_rows(self) -> list[int]:
         """Rows of the first training batches, in the order in which they will be trained on."""
@@ -400,10 +402,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss and metric over all workers.
+        """Held-out loss and metric over all workers, which look up after every batch: it may take minutes.
 
         Raises:
             NonFiniteError: they are no numbers.
+            StoppedError: the run was told to stop.
         """
         self.model.eval()
         mine = range(self.world.rank, len(self.task.held_out), self.world.size)
@@ -412,11 +415,11 @@ class Trainer:
         # Rows of similar length together: generation runs as long as the longest prompt needs.
         lengths = self.task.held_out.with_format(None)["input_ids"]
         order = sorted(mine, key=lambda n: len(lengths[n]))
-        for start in range(0, len(order), size):
-            if self.world.size == 1 and self._stop():
-                self._stop_here()
-            rows = [self.task.held_out[n] for n in order[start : start + size]]
-            sums += self.task.metric_sums(self.model, rows, self.world.device)
+        # As many batches as the worker with the most rows has.
+        for start in range(0, math.ceil(len(self.task.held_out) / self.world.size), size):
+            self._look_up()
+            if rows := [self.task.held_out[n] for n in order[start : start + size]]:
+                sums += self.task.metric_sums(self.model, rows, self.world.device)
         self.model.train()
         total = self.world.sum(sums).tolist()
         result = {"held_out_loss": total[0] / total[1]}
@@ -434,6 +437,20 @@ class Trainer:
             self.sink.evaluation(self.step, result | statistics)
         self._warn(warnings)
         return result
+
+    def _look_up(self) -> None:
+        """Within an evaluation: stop or save, all workers at once, if one of them is told to."""
+        wishes = torch.tensor([self._stop(), self._leaving()], dtype=torch.float64, device=self.world.device)
+        stop, leaving = self.world.sum(wishes).tolist()
+        if stop:
+            self._stop_here()
+        if leaving and self._saved != self.step:
+            self._save_before_leaving()
+
+    def _save_before_leaving(self) -> None:
+        if self.world.rank == 0:
+            self.sink.phase(f"a node is going away: saving a checkpoint of step {self.step}")
+        self.checkpoint()
 
     # ---------------------------------------------------------------- one step
 
@@ -543,6 +560,8 @@ class Trainer:
         waiting: PendingMetrics | None = None
         while self.step < self.total_steps:
             newest = self.train_step(next(batches))
+            if self.world.size == 1:  # nobody has to agree
+                self._told_to_stop |= self._stop()
             if waiting is not None:
                 self.report(waiting)
             waiting = newest
@@ -558,11 +577,12 @@ class Trainer:
                 self._stop_here()
             if evaluates:
                 self.evaluate()
-            if self._told_of_leaving and not last:
-                saves, self._told_of_leaving = True, False
-                if rank0:
-                    self.sink.phase(f"a node is going away: saving a checkpoint of step {self.step}")
-            if saves:
+            leaving, self._told_of_leaving = self._told_of_leaving and not last, False
+            if self._saved == self.step:
+                continue  # while it was evaluated
+            if leaving:
+                self._save_before_leaving()
+            elif saves:
                 self.checkpoint()
         if not self._evaluated():
             if rank0:
@@ -587,8 +607,9 @@ class Trainer:
         where = "nothing was saved by this worker"
         if self.world.rank == 0:
             self.sink.phase("told to stop: saving a checkpoint")
-            self.uploads.submit(self._snapshot(self.recipe.storage.retry_seconds))
-            self._take_in(self.uploads.drain())
+            if self._already_committed() is None:
+                self.uploads.submit(self._snapshot(self.recipe.storage.retry_seconds))
+                self._take_in(self.uploads.drain())
             where = f"the last checkpoint is {self._committed}" if self._committed else "there is no checkpoint yet"
         raise StoppedError(f"told to stop after step {self.step} of {self.total_steps}; {where}; --resume goes on")
 
@@ -605,7 +626,7 @@ class Trainer:
         snapshot = self._snapshot(patience)
         adapter = plain_adapter(self.model, self.optimizer)
         try:
-            uri = self._commit(snapshot)
+            uri = self._already_committed() or self._commit(snapshot)
             outcome = self.outcome(uri, adapter_uri, seconds) | {"adapter_parameters_final": adapter.parameters}
             self._still_owner(patience)
             outcome["adapter_files"] = write_adapter(adapter_uri, adapter, self.recipe, outcome, patience)
@@ -689,6 +710,7 @@ class Trainer:
         if self.world.rank != 0:
             return
         started = time.perf_counter()
+        self._saved = self.step
         self.uploads.submit(self._snapshot(self.recipe.storage.retry_seconds))
         self._checkpoint_metrics["checkpoint/stall_seconds"] = time.perf_counter() - started
 
@@ -699,6 +721,14 @@ class Trainer:
             StorageError: it could not be written.
         """
         return self._commit(self._snapshot(self.recipe.storage.retry_seconds)) if self.world.rank == 0 else None
+
+    def _already_committed(self) -> str | None:
+        """The checkpoint of the step at hand, if one was begun within its evaluation and has arrived."""
+        if self._saved != self.step:
+            return None
+        self._take_in(self.uploads.drain())
+        last = self._committed
+        return last if last is not None and checkpoint.step_of(last) == self.step else None
 
     def _commit(self, snapshot: Snapshot) -> str:
         self.uploads.submit(snapshot)

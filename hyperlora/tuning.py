@@ -29,20 +29,18 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 # Before ray, for the settings that it makes.
-from hyperlora.distributed import cluster, share_rows
+from hyperlora.distributed import cluster, growth, living, share_rows
 from hyperlora.distributed import run as run_workers
 
 # isort: split
 import pyarrow.fs
-import ray
 import torch
 from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from hyperlora import checkpoint, runs, storage, training
-from hyperlora.capacity import times
+from hyperlora import capacity, checkpoint, runs, storage, training
 from hyperlora.config import Problem, Recipe, RecipeError, parse
 from hyperlora.sampling import Objective, Proposals, Values
 from hyperlora.search import (
@@ -190,14 +188,15 @@ def run(
         cluster(recipe, verbose, dashboard=settings.most > 1),
         Notice(interrupts=True) as notice,
     ):
-        most = _capacity(recipe)
-        at_once = max(1, min(most, search.concurrency or most))
+        at_once = min(_at_once(recipe, search.concurrency), search.count - past)
         driver = _Driver(search, proposals, waiting, lambda trial: started(trial, at_once), over, notice)
         end.callback(driver.drop_checkpoints)
         alone = settings.most == 1
         own = {"CPU": settings.cpus_per_worker} | (
             {"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}
         )
+        if settings.accelerator_type is not None:
+            own[capacity.ACCELERATOR + settings.accelerator_type] = 0.001  # as Ray itself asks: nodes have 1
         fs, root = storage.filesystem(search.uri)
         scratch = f"{root}/ray"
         try:
@@ -226,13 +225,15 @@ def run(
             storage.tidy(f"{search.uri}/ray")
 
 
-def _capacity(recipe: Recipe) -> int:
-    """Trials that the cluster holds at a time."""
-    total, settings = ray.cluster_resources(), recipe.ray
-    held = times(settings.most * settings.cpus_per_worker, total.get("CPU", 0))
-    if settings.gpus_per_worker:
-        held = min(held, times(settings.most * settings.gpus_per_worker, total.get("GPU", 0)))
-    return held
+def _at_once(recipe: Recipe, asked: int | None) -> int:
+    """Trials at a time: as many as the cluster holds once it has grown, and no more than were asked for."""
+    nodes = living()
+    grows = capacity.may_grow(nodes)
+    limit = growth() if grows else None
+    held = capacity.trials(recipe.ray, nodes, limit)
+    if asked is not None and grows and limit is None:  # nobody knows how far
+        return asked
+    return max(1, min(held, asked or held))
 
 
 def _asha(stopping: Stopping) -> ASHAScheduler:

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hyperlora.environment import ADDRESS, take_given
+
 #: Commands that can be jobs of a cluster.
 JOBS = ("train", "tune", "study", "compare")
 DESCRIPTION = "HyperAdaLoRA: low-rank adapters whose rank moves."
@@ -82,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--stop-on", default="held_out_loss", metavar="NAME", help="metric of early stopping (held_out_loss), or none"
     )
-    tune.add_argument("--evaluations", default="8", metavar="N", help="of a whole trial, if the recipe says nothing")
+    tune.add_argument("--evaluations", metavar="N", help="of a whole trial, if the recipe says nothing (default: 8)")
     tune.add_argument("--seed", default="1", metavar="N", help="of the sampler (default: 1)")
     tune.add_argument("--workers", default="1", metavar="N", help="of one trial (default: 1, in its process)")
     tune.add_argument("--concurrency", metavar="N", help="trials at a time, at most (default: as the cluster holds)")
@@ -107,13 +109,13 @@ def parser() -> argparse.ArgumentParser:
 
     def on_cluster(name: str, text: str) -> argparse.ArgumentParser:
         command = add(name, text)
-        known = os.environ.get("RAY_API_SERVER_ADDRESS")
+        known = os.environ.get(ADDRESS)
         command.add_argument(
             "--address",
             required=name != "submit" and not known,
             default=None if name == "submit" else known,
             metavar="URL",
-            help="of the dashboard: http://HOST:8265 (default: RAY_API_SERVER_ADDRESS)",
+            help=f"of the dashboard: http://HOST:8265 (default: {ADDRESS})",
         )
         return command
 
@@ -171,6 +173,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; bad input ends with status 2 and all that is wrong, Ctrl-C with 130, SIGTERM with 143."""
+    take_given()
     args = parse_arguments(argv)
     console = Console()
     _quiet(args.verbose)

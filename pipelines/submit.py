@@ -15,6 +15,7 @@ from rich.text import Text
 
 from hyperlora import capacity, jobs, tokens
 from hyperlora.config import Problem, RayConfig, Recipe, RecipeError
+from hyperlora.environment import ADDRESS
 from pipelines.common import gathered, is_file, load_recipe, shipped, write_json
 
 #: Arguments of the jobs that may name a file, which then travels with the job.
@@ -54,7 +55,7 @@ def _job(args: Namespace, inner: Namespace) -> tuple[RayConfig, jobs.Job, str]:
         RecipeError: with everything that is wrong with it.
     """
     problems: list[Problem] = []
-    env, address = args.env, args.address or os.environ.get(jobs.ADDRESS)
+    env, address = args.env, args.address or os.environ.get(ADDRESS)
     there = gathered(problems, lambda: on_cluster(inner.recipe, inner.overrides))
     workers = None
     if inner.command != "train":
@@ -68,7 +69,7 @@ def _job(args: Namespace, inner: Namespace) -> tuple[RayConfig, jobs.Job, str]:
         env = [*args.env, *recipe.cluster.env]
         address = args.address or recipe.cluster.address or address
         if address is None:
-            allowed = f"the URL of the cluster's dashboard, here, in the recipe's cluster.address, or in {jobs.ADDRESS}"
+            allowed = f"the URL of the cluster's dashboard, here, in the recipe's cluster.address, or in {ADDRESS}"
             problems.append(Problem("--address", None, allowed))
     problems += unset(env)
     out = getattr(inner, "out", None)

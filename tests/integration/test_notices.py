@@ -1,23 +1,32 @@
-"""A notice that a worker may go away makes a checkpoint; metrics that are slow to arrive hold up commits alone."""
+"""A notice that a worker may go away makes a checkpoint, SIGTERM also ends the run, both within a step or a batch of an
+evaluation; metrics that are slow to arrive hold up commits alone."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+import torch.distributed as dist
 from conftest import small_recipe
 
 from hyperlora import checkpoint
 from hyperlora.config import Recipe, parse
-from hyperlora.training import RunInfo, Silent, train
+from hyperlora.stopping import Notice, StoppedError
+from hyperlora.training import RunInfo, Silent, World, train
 
 
-def recipe(folder: Path) -> Recipe:
+def recipe(folder: Path, **training: Any) -> Recipe:
     content = small_recipe(folder)
     content["training"] |= {"steps": 12, "checkpoint_every": 5, "keep_checkpoints": 10, "eval_before": False}
+    content["training"] |= training
     return parse(content)
 
 
@@ -50,6 +59,72 @@ def test_a_notice_makes_one_checkpoint_of_the_step_at_hand(tmp_path: Path) -> No
     assert steps(noticed) == [5, 7, 10, 12]
     assert sum("going away" in phase for phase in sink.phases) == 1
     assert outcome["losses"] == undisturbed["losses"]
+
+
+class Ended(Silent):
+    """Sends SIGTERM to this process when a step's metrics arrive."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        if step == self._at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_within_one_step(tmp_path: Path) -> None:
+    for at in (1, 7):
+        uri = tmp_path / f"run{at}"
+        notice = Notice()
+        with notice, pytest.raises(StoppedError, match=f"told to stop after step {at + 1} of 12"):
+            train(recipe(tmp_path), RunInfo(str(uri)), sink=Ended(at), stop=notice.given)
+        assert steps(uri)[-1] == at + 1
+
+
+def test_a_notice_within_an_evaluation_makes_one_checkpoint_of_its_step(tmp_path: Path) -> None:
+    """In the one that comes when a checkpoint is due anyway, in another, and in the last."""
+    whole = tmp_path / "whole"
+    settings = {"eval_every": 5, "eval_batch_size": 2, "steps": 13}  # an evaluation is four batches
+    undisturbed = train(recipe(tmp_path, **settings), RunInfo(str(whole)), sink=Unhurried(whole, {5, 10}))
+    # What is asked: steps 1 to 5, four batches, 6 to 10, four batches, 11 to 13, four batches.
+    for asked_at, found in ((7, [5, 10, 13]), (22, [5, 10, 13])):
+        noticed, asked = tmp_path / f"noticed{asked_at}", iter(range(1, 100))
+        sink = Unhurried(noticed, {5, 10})
+        leaving = lambda asked=asked, at=asked_at: next(asked) == at  # noqa: E731
+        outcome = train(recipe(tmp_path, **settings), RunInfo(str(noticed)), sink=sink, leaving=leaving)
+        assert steps(noticed) == found
+        (phase,) = (p for p in sink.phases if "going away" in p)
+        assert phase.endswith(f"of step {5 if asked_at == 7 else 13}")
+        assert outcome["losses"] == undisturbed["losses"]
+        assert outcome["evaluations"] == undisturbed["evaluations"]
+        assert checkpoint.load(outcome["checkpoint"]).trainer["step"] == 13
+
+
+def _stopped(rank: int, folder: str) -> None:
+    """One of two workers with unequal numbers of rows; worker 0 is told to stop in the evaluation's second batch."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    asked = iter(range(1, 100))
+    stop = (lambda: next(asked) == 2) if rank == 0 else lambda: False
+    told, world = None, World(rank, 2, dist.group.WORLD)
+    try:
+        train(parse(json.loads(Path(folder, "recipe.json").read_text())), RunInfo(f"{folder}/run"), world, stop=stop)
+    except StoppedError as error:
+        told = str(error)
+    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+def test_several_workers_stop_within_an_evaluation(tmp_path: Path) -> None:
+    content = small_recipe(tmp_path)
+    content["data"]["eval_rows"] = 9
+    content["training"]["eval_batch_size"] = 2
+    (tmp_path / "recipe.json").write_text(json.dumps(content))
+    torch.multiprocessing.spawn(_stopped, (str(tmp_path),), nprocs=2)
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert all("told to stop after step 0 of 20" in t for t in told), told
+    (saved,) = checkpoint.committed(str(tmp_path / "run"))
+    assert checkpoint.load(saved).trainer["evaluations"] == []
 
 
 class Slow(Silent):

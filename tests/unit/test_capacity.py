@@ -141,3 +141,56 @@ def test_what_lives_says_the_accelerator_of_its_group() -> None:
         asked.model_copy(update={"accelerator_type": "H100"}), [HEAD, living], Growth([GPUS])
     )
     assert problem.field == "ray.accelerator_type"
+
+
+@pytest.mark.parametrize(
+    ("asked", "trials"),
+    [
+        ({}, 20),
+        ({"cpus_per_worker": 3}, 5),  # of 20 CPUs, but what a node has too many of helps no other
+        ({"cpus_per_worker": 16}, 0),
+        ({"cpus_per_worker": 0.1}, 200),
+        ({"gpus_per_worker": 1}, 4),
+        ({"gpus_per_worker": 1, "cpus_per_worker": 8}, 2),
+        ({"gpus_per_worker": 0.2, "cpus_per_worker": 0.5}, 20),
+        ({"gpus_per_worker": 0.4, "cpus_per_worker": 0.5}, 8),  # a part is of one GPU: two of each
+        ({"gpus_per_worker": 0.06, "cpus_per_worker": 0.25}, 64),
+        ({"gpus_per_worker": 1, "accelerator_type": "L4"}, 4),
+        ({"accelerator_type": "L4"}, 16),
+        ({"accelerator_type": "H100"}, 0),
+        # Workers of a trial may be on several nodes, unless the recipe says otherwise.
+        ({"num_workers": 3}, 6),
+        ({"num_workers": (1, 3)}, 6),
+        ({"num_workers": 3, "gpus_per_worker": 1}, 1),
+        ({"num_workers": 3, "placement": "STRICT_PACK"}, 5),
+        ({"num_workers": 3, "placement": "STRICT_SPREAD"}, 4),
+        ({"num_workers": 2, "placement": "STRICT_SPREAD"}, 10),
+        ({"num_workers": 4, "placement": "STRICT_SPREAD"}, 0),
+        ({"num_workers": 2, "gpus_per_worker": 2, "placement": "STRICT_PACK"}, 0),
+    ],
+)
+def test_as_many_trials_run_at_a_time_as_the_nodes_hold(asked: dict[str, Any], trials: int) -> None:
+    assert capacity.trials(RayConfig(**asked), NODES) == trials
+
+
+@pytest.mark.parametrize(
+    ("asked", "growth", "trials"),
+    [
+        ({"cpus_per_worker": 4}, None, 3),
+        ({"cpus_per_worker": 4}, Growth([SMALL]), 10),
+        ({"gpus_per_worker": 1}, None, 0),
+        ({"gpus_per_worker": 1}, Growth([SMALL, GPUS]), 4),
+        ({"gpus_per_worker": 1, "num_workers": 2}, Growth([SMALL, GPUS]), 2),
+        ({"gpus_per_worker": 1}, Growth([SMALL, GPUS], most=3), 3),
+        ({"gpus_per_worker": 0.5}, Growth([GPUS], resources={"GPU": 1}), 2),
+        ({"gpus_per_worker": 1, "num_workers": 2}, Growth([GPUS], resources={"GPU": 3}), 1),
+        ({"gpus_per_worker": 1}, Growth([Group("gpu", {"CPU": 8, "GPU": 1}, None)]), capacity.UNLIMITED),
+    ],
+)
+def test_an_autoscaler_starts_nodes_for_trials(asked: dict[str, Any], growth: Growth | None, trials: int) -> None:
+    assert capacity.trials(RayConfig(**asked), BUSY, growth) == trials
+
+
+def test_parts_of_two_gpus_are_no_worker() -> None:
+    (problem,) = capacity.problems(RayConfig(num_workers=5, gpus_per_worker=0.4), [Node({"CPU": 8, "GPU": 2})])
+    assert str(problem).startswith("ray.num_workers: got 5; the cluster's 1 nodes hold 4 workers of")

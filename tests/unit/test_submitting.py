@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,9 +18,12 @@ import dashboard
 import pytest
 from nodes import wait_until
 from ray.job_submission import JobStatus
+from ray.runtime_env import RuntimeEnv
 
 from hyperlora import jobs, tokens
+from hyperlora.capacity import Node
 from hyperlora.config import RecipeError
+from hyperlora.environment import GIVEN
 from pipelines import submit
 from pipelines.cli import main, parse_arguments
 from pipelines.common import load_recipe, shipped
@@ -44,6 +50,122 @@ def sent(*words: str) -> Any:
     """What ``hyperlora submit`` makes of a job's words."""
     args = Namespace(words=list(words), env=[], address="http://head:8265", install=False)
     return submit._job(args, parse_arguments(words))
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Packages beside each other, as in a clone of the repository, and an empty folder ``packed``."""
+    for name in jobs.PACKAGES:
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep/code.py").write_text("x = 1\n")
+    (tmp_path / "packed").mkdir()
+    monkeypatch.setattr(jobs.resources, "files", lambda name: tmp_path / name)
+    return tmp_path
+
+
+def packed(checkout: Path, **files: Path) -> set[str]:
+    """What travels of a checkout, beside the code that always does."""
+    size = jobs.pack(jobs.Job(["train"], files), checkout / "packed")
+    found = [p for p in (checkout / "packed").rglob("*") if p.is_file()]
+    assert size == sum(p.stat().st_size for p in found)
+    names = {p.relative_to(checkout / "packed").as_posix() for p in found}
+    always = {f"{name}/deep/code.py" for name in jobs.PACKAGES}
+    assert always <= names
+    return names - always
+
+
+def test_what_a_checkout_ignores_does_not_travel(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (checkout / ".gitignore").write_text("*.bin\n!kept.bin\n/hyperlora/build/\n/deep\nmine.yaml\n")
+    (checkout / ".rayignore").write_text("secret*\n")
+    (checkout / "hyperlora/build").mkdir()
+    for name in ("a.bin", "kept.bin", "build/b.py", "deep/secret.py", "c.py", ".hidden"):
+        (checkout / "hyperlora" / name).write_text("x")
+    with (checkout / "hyperlora/large.bin").open("wb") as file:
+        file.truncate(jobs.LARGEST)  # nor does it count
+    (checkout / "mine.yaml").write_text("name: mine\n")
+    expected = {"hyperlora/kept.bin", "hyperlora/c.py", "mine.yaml"}
+    assert packed(checkout, **{"mine.yaml": checkout / "mine.yaml"}) == expected, "the file that a command names goes"
+
+    # Ray's own switch, for one who needs what git is not to have.
+    (checkout / "hyperlora/large.bin").unlink()
+    shutil.rmtree(checkout / "packed")
+    (checkout / "packed").mkdir()
+    monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
+    assert packed(checkout) == expected - {"mine.yaml"} | {"hyperlora/a.bin", "hyperlora/build/b.py"}
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_working_directory_has_a_largest_size(checkout: Path, more: int) -> None:
+    code = sum(p.stat().st_size for p in checkout.rglob("*") if p.is_file())
+    assert jobs.LARGEST == 64 * 2**20
+    with (checkout / "large.py").open("wb") as file:
+        file.truncate(jobs.LARGEST - code + more)
+    if not more:
+        assert packed(checkout, **{"space.py": checkout / "large.py"}) == {"space.py"}
+        return
+    with pytest.raises(RecipeError, match=r"files of the job: got '64 MiB \(.*/large\.py\)'; at most 64 MiB"):
+        packed(checkout, **{"space.py": checkout / "large.py"})
+
+
+@pytest.mark.parametrize("install", [[], ["--install"]])
+def test_what_is_installed_here_travels_as_pinned_requirements(
+    install: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[dict[str, Any]] = []
+
+    class Client:
+        def submit_job(self, **options: Any) -> None:
+            # As Ray checks it; the working directory is gone afterwards.
+            sent.append(options | {"runtime_env": RuntimeEnv(**options["runtime_env"]).to_dict()})
+            assert (Path(options["runtime_env"]["working_dir"]) / "pipelines/cli.py").is_file()
+
+    monkeypatch.setattr(jobs, "connect", lambda address: Client())
+    monkeypatch.setattr(jobs, "nodes", lambda address: [Node({"CPU": 8})])
+    monkeypatch.setattr(tokens, "use", lambda: None)
+    monkeypatch.setattr(tokens, "warning", lambda address: None)
+    command = ["submit", "train", "quickstart", *THERE, "--address", "http://head:8265", "--no-follow"]
+    assert main([*command, *install]) == 0
+    (job,) = sent
+    assert job["entrypoint"].startswith("python -m pipelines.cli train quickstart ")
+    assert "--install" not in job["entrypoint"]
+    if not install:
+        assert "pip" not in job["runtime_env"]
+        return
+    packages = job["runtime_env"]["pip"]["packages"]
+    assert packages == jobs.pinned()
+    assert all(re.fullmatch(r"[a-z0-9-]+(\[[a-z0-9,_-]+\])?==[^+\s]+", package) for package in packages)
+    versions = {p.partition("==")[0].partition("[")[0]: p.partition("==")[2] for p in packages}
+    for name in ("torch", "transformers", "peft", "ray", "mlflow", "datasets"):
+        assert versions[name] == jobs.metadata.version(name).partition("+")[0]
+
+
+def test_variables_travel_as_a_file_that_command_and_workers_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray logs those of a runtime environment, and tells them to whoever asks for the job."""
+    monkeypatch.setenv("STORE_KEY", "top secret €")
+    job = jobs.Job(["train"], {}, env=["STORE_KEY"])
+    jobs.pack(job, tmp_path)
+    runtime = jobs._runtime(job, tmp_path)
+    assert "secret" not in str(runtime)
+    given = tmp_path / GIVEN
+    assert json.loads(given.read_text(encoding="utf-8")) == {"STORE_KEY": "top secret €"}
+    assert given.stat().st_mode & 0o777 == 0o600
+    monkeypatch.delenv("STORE_KEY")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    module, _, hook = runtime["worker_process_setup_hook"].rpartition(".")
+    main = "from contextlib import suppress\nfrom pipelines.cli import main\nwith suppress(SystemExit): main(['-h'])"
+    for code in (main, f"from {module} import {hook}\n{hook}()"):
+        code += "\nimport os; print(ascii(os.environ['STORE_KEY']))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.stdout.endswith(ascii("top secret €") + "\n"), done
+
+
+def test_a_job_without_variables_has_no_such_file(tmp_path: Path) -> None:
+    job = jobs.Job(["train"], {})
+    jobs.pack(job, tmp_path)
+    assert not (tmp_path / GIVEN).exists()
+    assert "worker_process_setup_hook" not in jobs._runtime(job, tmp_path)
 
 
 @pytest.mark.parametrize("out", [None, "here", "s3://bucket/out", "/shared/out"])
