@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from hyperlora import storage, tokens, uris
+from hyperlora import collective, storage, tokens, uris
 from hyperlora.config import MLflowConfig, first_line
 
 #: Free bytes below which a checkpoint, a model or Ray's object store may not fit.
@@ -40,13 +40,17 @@ class Check:
 
 
 def devices() -> Check:
-    """GPUs, and NCCL to join them."""
+    """GPUs, and whether NCCL joins them: a sum over all of this machine, of a process for each."""
     if not torch.cuda.is_available():
         return Check("device", "ok", f"no GPU; {os.cpu_count()} CPU cores, torch {torch.__version__}")
     names = ", ".join(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))
     if not torch.distributed.is_nccl_available():
         return Check("device", "fail", f"{names}, no NCCL", "install a build of torch for CUDA")
-    return Check("device", "ok", f"{names}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    nccl = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    if (reason := collective.problem("nccl", torch.cuda.device_count())) is not None:
+        advice = "look at the driver, a container's shared memory (--shm-size), and what else is at work on the GPUs"
+        return Check("device", "fail", f"{names}; {nccl} does not join them ({reason})", advice)
+    return Check("device", "ok", f"{names}, joined by {nccl}")
 
 
 def disk(folder: str | None = None) -> Check:

@@ -87,6 +87,7 @@ class Lease:
         self._content: dict[str, Any] = _identity() | {"renewals": 0, "released": False}
         self.owner = self._acquire()
         self._over = threading.Event()
+        self._renewals: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
@@ -94,9 +95,11 @@ class Lease:
         """Let the next process have the folder at once."""
         self._over.set()
         self._thread.join()
+        for renewal in self._renewals:  # none may come after what follows
+            renewal.join()
         self._content["released"] = True
         try:
-            self._write()
+            self._write(storage.pack_json(self._content))
         except OSError as error:
             logger.warning("the next process waits %g s for %s: %s", LEASE, self._uri, error)
 
@@ -126,16 +129,23 @@ class Lease:
             time.sleep(random.uniform(0.1, 1))
         raise OwnedElsewhereError(f"{uris.redacted(self._uri)} is claimed by several processes at once; try again")
 
-    def _write(self) -> None:
-        storage.write(_path(self._uri, self.owner), storage.pack_json(self._content))
+    def _write(self, content: bytes) -> None:
+        storage.write(_path(self._uri, self.owner), content)
 
     def _renew(self) -> None:
         while not self._over.wait(RENEWAL):
             self._content["renewals"] += 1
-            try:
-                self._write()
-            except OSError as error:  # a store that answers 404 as well: who stops here loses the run
-                logger.info("claim not renewed, the next time is in %g s: %s", RENEWAL, error)
+            content = storage.pack_json(self._content)
+            # A request may hang for longer than the lease: the next one does not wait for it.
+            renewal = threading.Thread(target=self._try, args=(content,), name="renewal", daemon=True)
+            renewal.start()
+            self._renewals = [thread for thread in self._renewals if thread.is_alive()] + [renewal]
+
+    def _try(self, content: bytes) -> None:
+        try:
+            self._write(content)
+        except OSError as error:  # a store that answers 404 as well: who stops here loses the run
+            logger.info("claim not renewed, the next time is in %g s: %s", RENEWAL, error)
 
 
 def _claims(run_uri: str, patience: float = PATIENCE) -> list[str]:

@@ -81,6 +81,7 @@ def register(
     record = {**facts, "files": {n: hashlib.sha256(data).hexdigest() for n, data in files.items()}}
     try:
         client = MlflowClient(uri)
+        known = max((int(v.version) for v in _versions(client, name)), default=0)
         run_id = _store(client, mlflow_config, name, {**files, RECORD: storage.sealed(record)}, facts)
         _make(client, name)
         version = client.create_model_version(
@@ -95,13 +96,18 @@ def register(
         # Now, since others may have registered theirs while the files went up.
         champion = _champion(client, name)
         better, reason = _beats(facts, None if champion is None else (champion.version, _facts(champion)))
-        alias = CHAMPION if better else CHALLENGER
-        client.set_registered_model_alias(name, alias, str(version.version))
+        if better:
+            client.set_registered_model_alias(name, CHAMPION, str(version.version))
+            champion = _settled(client, name, known, version, facts)
+            if int(champion.version) != int(version.version):
+                better, reason = _beats(facts, (champion.version, _facts(champion)))
+        if not better:
+            client.set_registered_model_alias(name, CHALLENGER, str(version.version))
     except tracking.ERRORS as error:
         raise tracking.unreachable(uri, error) from error
-    number = int(version.version)
-    now = number if champion is None or better else int(champion.version)
-    return Registered(name, number, alias, reason, now, run_id)
+    assert champion is not None, "there is one, or this is it"
+    number, alias = int(version.version), CHAMPION if better else CHALLENGER
+    return Registered(name, number, alias, reason, int(champion.version), run_id)
 
 
 def pull(tracking_uri: str, model_uri: str, folder: str) -> dict[str, Any]:
@@ -204,6 +210,34 @@ def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
         raise
 
 
+def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    return list(client.search_model_versions(f"name = '{name}'"))
+
+
+def _settled(
+    client: MlflowClient, name: str, known: int, champion: ModelVersion, facts: Mapping[str, Any]
+) -> ModelVersion:
+    """The champion, once none that was registered at the same time beats it.
+
+    Others may have compared theirs with the same old champion, and MLflow moves an alias without a condition. Whoever
+    moved it last looks last, and finds the versions of them all.
+
+    Args:
+        client: of MLflow.
+        name: of the registered model.
+        known: newest version when this registration began.
+        champion: to which the alias was moved.
+        facts: of it.
+    """
+    while True:
+        rivals = [v for v in _versions(client, name) if int(v.version) > known]
+        better = [v for v in rivals if _beats(_facts(v), (champion.version, facts))[0]]
+        if not better:
+            return champion
+        champion, facts = better[0], _facts(better[0])
+        client.set_registered_model_alias(name, CHAMPION, str(champion.version))
+
+
 def _facts(version: ModelVersion) -> dict[str, Any]:
     """What a version's tags say; empty for one that something else registered."""
     found = {k.removeprefix("hyperlora."): v for k, v in version.tags.items() if k.startswith("hyperlora.")}
@@ -218,7 +252,7 @@ def _beats(facts: Mapping[str, Any], champion: tuple[Any, Mapping[str, Any]] | N
     if champion is None:
         return True, "there was no champion"
     number, its = champion
-    if its.get("evaluation") != facts["evaluation"] or its.get("metric") != facts["metric"]:
+    if its.get("evaluation") != facts.get("evaluation") or its.get("metric") != facts.get("metric"):
         return False, f"version {number} was measured by another metric, on other rows or on another base model"
     mine, theirs = facts["value"], its["value"]
     better = mine > theirs if facts["higher_is_better"] else mine < theirs

@@ -37,12 +37,15 @@ FREE = (
 
 
 def new_uri(recipe: Recipe) -> str:
-    """The folder of a new run, named by the recipe and the time (UTC)."""
-    base = f"{storage.absolute(recipe.storage.uri)}/{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    found, number = base, 2
-    while patiently(storage.exists, found):
-        found, number = f"{base}-{number}", number + 1
-    return found
+    """The folder of a new run, named by the recipe and the time (UTC).
+
+    A clock that was set back gives the time of the newest run once more: names are the order of runs.
+    """
+    base = storage.absolute(recipe.storage.uri)
+    places = [_place(folder, recipe.name) for folder in patiently(storage.glob, base, f"{recipe.name}-*")]
+    newest, number = max(filter(None, places), default=("", 0))
+    now = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return f"{base}/{recipe.name}-" + (now if now > newest else f"{newest}-{number + 1}")
 
 
 def claim(recipe: Recipe, resume: bool) -> tuple[RunInfo, Lease]:
@@ -188,12 +191,12 @@ def unfinished(recipe: Recipe) -> RunInfo:
     base = storage.absolute(recipe.storage.uri)
     found = patiently(storage.glob, base, f"{recipe.name}-*/run.json")
     names = [path.removesuffix("/run.json") for path in found]
-    names = [name for name in names if _of_name(name, recipe.name)]
-    if not names:
+    places = {name: place for name in names if (place := _place(name, recipe.name)) is not None}
+    if not places:
         raise RecipeError(
             [Problem("storage.uri", base, f"no run of {recipe.name!r} to resume; start without --resume")]
         )
-    uri = f"{base}/{max(names)}"
+    uri = f"{base}/{max(places, key=lambda name: places[name])}"
     _must_be_unfinished(uri)
     content = begun(uri)
     assert content is not None, "it was listed"
@@ -221,9 +224,11 @@ def differences(recorded: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, 
     ]
 
 
-def _of_name(folder: str, name: str) -> bool:
+def _place(folder: str, name: str) -> tuple[str, int] | None:
+    """Of a run's folder among those of its recipe's name: the time, and a number within it; None for any other."""
     # quickstart-entailment-… and quickstart-2-… are no runs of quickstart: what follows the name is the time.
-    return re.fullmatch(r"\d{8}-\d{6}(-\d+)?", folder[len(name) + 1 :]) is not None
+    match = re.fullmatch(r"(\d{8}-\d{6})(?:-(\d+))?", folder[len(name) + 1 :])
+    return None if match is None else (match[1], int(match[2] or 1))
 
 
 def summary(outcome: Mapping[str, Any], wall_seconds: float) -> dict[str, Any]:

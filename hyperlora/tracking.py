@@ -450,8 +450,9 @@ def missed(tracking_uri: str | None = None) -> list[Missed]:
 
 
 def undelivered() -> list[str]:
-    """Ids of runs whose metrics wait on this machine and whose command has not ended, or did not say where they go."""
-    return sorted(_queues().keys() - {run.run_id for run in missed()})
+    """Ids of runs whose metrics wait on this machine and whose command has not ended."""
+    ended = {run.run_id for run in missed()}
+    return [run_id for run_id, path in _queues().items() if run_id not in ended and spool.in_use(path)]
 
 
 def _queues() -> dict[str, Path]:

@@ -26,8 +26,8 @@ def main(args: Namespace, console: Console) -> int:
             console.print(Text(f"MLflow run {run.run_id} in {run.tracking_uri}: {said}", style), soft_wrap=True)
     others = tracking.undelivered()
     for run_id in others:
-        said = "has metrics waiting; the command that is at work on it sends them, or the one that goes on with it"
-        console.print(Text(f"MLflow run {run_id} {said} (--resume)", "yellow"), soft_wrap=True)
+        said = "has metrics waiting, which the command that is at work on it sends"
+        console.print(Text(f"MLflow run {run_id} {said}", "yellow"), soft_wrap=True)
     if not waiting and not others:
         console.print("nothing waits for MLflow on this machine")
     write_json(args.json, rows)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from nodes import BIN, PORTS, hyperlora, wait_until
+from ray.util import get_node_ip_address
+from s3 import free_port
 
-from hyperlora import diagnosis
+from hyperlora import collective, diagnosis, distributed, tokens
 from hyperlora.tracking import versions
 from pipelines.cli import main
 
@@ -70,6 +78,70 @@ def test_nodes_that_differ() -> None:
     without = told | {"gpus": 1}
     found = [c.found for c in diagnosis.compare(versions(), without, began, ended, 4) if c.state == "fail"]
     assert found == ["Ray gives out 4 GPUs, torch sees 1"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_that_come_together(processes: int) -> None:
+    """The check that GPUs get from NCCL, on CPUs."""
+    assert collective.problem("gloo", processes, 300) is None
+
+
+def test_processes_that_do_not_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = collective.problem("nonsense", 1, 300)
+    assert reason is not None
+    assert reason == "process 0 of 1: AssertionError: Unknown backend type nonsense"
+    # One that never comes.
+    original = subprocess.Popen
+
+    def first_alone(words: list[str], **options: Any) -> Any:
+        return original(words if words[-3] == "0" else ["sleep", "1000"], **options)
+
+    monkeypatch.setattr(collective.subprocess, "Popen", first_alone)
+    assert collective.problem("gloo", 2, 3) == "nothing after 3 s"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpus_are_joined_by_nccl() -> None:
+    check = diagnosis.devices()
+    assert check.state == "ok", check
+    assert "joined by NCCL" in check.found
+    count = torch.cuda.device_count()
+    reason = collective.problem("nccl", count + 1)
+    assert reason is not None
+    assert reason.startswith(f"process {count} of {count + 1}: "), reason
+
+
+@pytest.fixture
+def open_head() -> Iterator[tuple[str, str]]:
+    """A head that asks for no token, by an address that other machines have of this one: dashboard and Ray's own."""
+    ip = get_node_ip_address()
+    if ip.startswith("127."):
+        pytest.skip("this machine has no other address than that of itself")
+    ports = {name: free_port() for name in ("port", "dashboard-port", *PORTS)}
+    with tempfile.TemporaryDirectory(prefix="hl", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=0", f"--temp-dir={folder}"]
+        command += [f"--dashboard-host={ip}", "--object-store-memory=100000000", "--disable-usage-stats"]
+        command += [f"--{name}={port}" for name, port in ports.items()]
+        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_")} | {"RAY_AUTH_MODE": "disabled"}
+        head = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            url = f"http://{ip}:{ports['dashboard-port']}"
+            wait_until(lambda: head.poll() is not None or tokens.warning(url), 120)
+            assert head.poll() is None
+            yield url, f"{ip}:{ports['port']}"
+        finally:
+            head.terminate()
+            head.wait(60)
+
+
+def test_a_cluster_that_is_open_to_all_is_warned_of(open_head: tuple[str, str]) -> None:
+    url, address = open_head
+    assert tokens.elsewhere(url)
+    assert tokens.elsewhere(address)
+    assert distributed._lets_all_in(address)
+    done = hyperlora("jobs", "--address", url)  # with a token, which nobody asks for
+    assert done.returncode == 0, done
+    assert f"{url} is another machine and asks for no token: whoever reaches it can run any code there" in done.stdout
 
 
 def test_a_node_that_does_not_share_the_storage(tmp_path: Path) -> None:

@@ -92,6 +92,26 @@ def test_a_renewed_claim_of_another_machine_is_respected(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_claim_is_renewed_while_one_request_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, hangs, over = storage.write, [True], threading.Event()
+
+    def write(uri: str, data: bytes) -> None:
+        if hangs:
+            hangs.pop()
+            assert over.wait(60)
+        put(uri, data)
+
+    with Lease(str(tmp_path)) as lease:
+        lease._content |= {"machine": "other", "host": "far"}
+        elsewhere(tmp_path, lease.owner)
+        monkeypatch.setattr(storage, "write", write)
+        with pytest.raises(OwnedElsewhereError, match="far, process"):
+            Lease(str(tmp_path))
+        threading.Timer(0.3, over.set).start()
+    assert over.is_set(), "nothing comes after the release"
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_claim_is_renewed_after_an_error_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put, errors = storage.write, [FileNotFoundError("404"), storage.StorageError("x", "503", transient=True)]
 

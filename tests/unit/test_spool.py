@@ -170,14 +170,3 @@ def test_a_file_says_what_it_is_about_and_whether_its_process_lives(tmp_path: Pa
     assert spool.in_use(path), "by who goes on with it"
     again.remove(1)
     assert (spool.about(path), spool.in_use(path)) == ({}, False)
-
-
-def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "queue.jsonl"
-    path.write_text('{"n": 1}\n{"n": 2}\n')
-    queue = Spool(path, 10, about={"to": "there"})
-    assert numbers(queue) == [1, 2]
-    assert spool.about(path) == {}
-    queue.remove(1)
-    assert spool.about(path) == {"to": "there"}
-    assert numbers(queue) == [2]

@@ -58,10 +58,23 @@ def leave_behind(uri: str, run_id: str, first: int, last: int, monkeypatch: pyte
         report(sink, first, last)
         assert tracking.undelivered() == [run_id], "it lives"
         assert tracking.missed() == []
+        assert main(["deliver"]) == 0
         sink._spool.close()
         sink._closed = True
         sink._wake.set()
         sink._thread.join()
+
+
+def test_a_file_that_was_begun_and_holds_nothing_is_not_waited_for(
+    client: MlflowClient, run_id: str, capsys: pytest.CaptureFixture
+) -> None:
+    path = tracking._waiting(run_id)
+    path.parent.mkdir(parents=True)
+    for begun in ("", '{"about": {"track'):
+        path.write_text(begun)
+        assert main(["deliver"]) == 0
+        assert "nothing waits for MLflow on this machine" in capsys.readouterr().out
+    path.unlink()
 
 
 @pytest.mark.parametrize("status", ["FINISHED", None])
@@ -87,6 +100,8 @@ def test_what_a_killed_process_left_is_delivered_to_a_run_that_went_on_elsewhere
         client.set_terminated(run_id, status)
     assert tracking.missed() == [Missed(run_id, uri)]
     assert tracking.missed("http://elsewhere") == []
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{run_id} has metrics waiting, which the command that is at work on it sends" in told
     assert main(["deliver"]) == 0
     assert f"{run_id} in {uri}: delivered" in " ".join(capsys.readouterr().out.split())
     assert losses(client, run_id) == [(n, 1 / n) for n in range(1, 10 if status is None else 13)]

@@ -1,0 +1,73 @@
+"""What the doctor says of this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hyperlora import collective, diagnosis
+
+
+@pytest.mark.parametrize(("free", "state"), [(diagnosis.SMALL_DISK - 1, "warn"), (diagnosis.SMALL_DISK, "ok")])
+def test_a_disk_that_is_nearly_full_is_warned_of(
+    free: int, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def usage(folder: str) -> Any:
+        asked.append(folder)
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr(diagnosis.shutil, "disk_usage", usage)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    check = diagnosis.disk()
+    assert (check.state, check.found) == (state, f"10 GiB free in {tmp_path}")
+    assert ("RAY_TMPDIR" in check.advice) == (state == "warn")
+    monkeypatch.delenv("RAY_TMPDIR")
+    diagnosis.disk()
+    assert asked == [str(tmp_path), "/tmp"], "where Ray writes"
+
+
+def test_a_disk_is_measured(tmp_path: Path) -> None:
+    stat = os.statvfs(tmp_path)
+    free = float(diagnosis.disk(str(tmp_path)).found.split()[0])
+    assert free == pytest.approx(stat.f_bavail * stat.f_frsize / 2**30, abs=2)
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> list[Any]:
+    """Two GPUs that are joined or not; what is asked of them."""
+    asked: list[Any] = []
+
+    def problem(*arguments: Any) -> str | None:
+        asked.append(arguments)
+        return reason
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: f"GPU {n}")
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(collective, "problem", problem)
+    return asked
+
+
+def test_gpus_that_nccl_does_not_join_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = with_gpus(monkeypatch, "process 1 of 2: unhandled system error")
+    check = diagnosis.devices()
+    assert asked == [("nccl", 2)]
+    assert check.state == "fail"
+    expected = "GPU 0, GPU 1; NCCL 2.28.3 does not join them (process 1 of 2: unhandled system error)"
+    assert check.found == expected
+    assert "the driver" in check.advice
+    assert ("device", "fail", expected) in [c[:3] for c in diagnosis.node()["checks"]], "on every node of a cluster"
+
+
+def test_gpus_that_nccl_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, None)
+    check = diagnosis.devices()
+    assert (check.state, check.found) == ("ok", "GPU 0, GPU 1, joined by NCCL 2.28.3")
