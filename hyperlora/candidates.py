@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from hyperlora import runs
 from hyperlora.config import Problem, Recipe, RecipeError, parse
+from hyperlora.effects import mean_interval
 from hyperlora.study import measured
 from hyperlora.tasks import FAMILIES
 
@@ -27,6 +28,7 @@ class Candidate:
         metric: by which it was chosen, and how it is judged in the registry.
         value: of the metric after training.
         higher: more of it is better.
+        choice: among what it was chosen, and how sure that is; nothing of a run that was named itself.
     """
 
     uri: str
@@ -35,6 +37,7 @@ class Candidate:
     metric: str
     value: float
     higher: bool
+    choice: str = ""
 
     @property
     def parameters(self) -> int:
@@ -74,8 +77,12 @@ def best(uri: str, metric: str | None = None, margin: float | None = None) -> Ca
     groups = [g for g in groups if g]
     if not groups:
         raise RecipeError([Problem("STUDY_OR_RUN", uri, "at least one finished trial")])
-    group = _chosen(groups, margin)
-    return min(group, key=lambda c: _cost(c.value, c.higher))
+    leader = min(groups, key=_mean_cost)
+    good = [leader] if margin is None else [g for g in groups if _within(g, leader, margin)]
+    group = min(good, key=lambda g: (np.mean([c.parameters for c in g]), _mean_cost(g)))
+    kind = "points" if name == "study.json" else "trials"
+    choice = _choice(group, leader, f"{len(groups)} {kind}", None if margin is None else (margin, len(good)))
+    return replace(min(group, key=lambda c: _cost(c.value, c.higher)), choice=choice)
 
 
 def _study_points(result: Mapping[str, Any]) -> list[list[str]]:
@@ -92,15 +99,44 @@ def _search_points(result: Mapping[str, Any]) -> list[list[str]]:
     return [[t["trial"]] for t in result["measured"] if t["status"] == "finished"]
 
 
-def _chosen(groups: Sequence[list[Candidate]], margin: float | None) -> list[Candidate]:
-    def mean_cost(group: Sequence[Candidate]) -> float:
-        return float(np.mean([_cost(c.value, c.higher) for c in group]))
+def _mean_cost(group: Sequence[Candidate]) -> float:
+    return float(np.mean([_cost(c.value, c.higher) for c in group]))
 
-    leader = min(groups, key=mean_cost)
-    if margin is None:
-        return leader
-    good = [g for g in groups if mean_cost(g) <= mean_cost(leader) + margin]
-    return min(good, key=lambda g: (np.mean([c.parameters for c in g]), mean_cost(g)))
+
+def _within(group: Sequence[Candidate], leader: Sequence[Candidate], margin: float) -> bool:
+    """Whether the mean is at most so much worse; what is exactly so much worse is, however it is rounded."""
+    return _mean_cost(group) - _mean_cost(leader) <= margin * (1 + 1e-9) + 1e-12
+
+
+def _choice(group: Sequence[Candidate], leader: Sequence[Candidate], among: str, good: tuple[float, int] | None) -> str:
+    """Why these trials of one point were chosen, in words.
+
+    Args:
+        group: the chosen ones.
+        leader: those of the best point.
+        among: all that there were.
+        good: the margin, and how many are within it.
+    """
+    metric, best = group[0].metric.replace("_", " "), _cost(_mean_cost(leader), leader[0].higher)
+    seeds = sorted({c.recipe.seed for c in group})
+    under = f"mean {metric} of {len(seeds)} seeds" if len(seeds) > 1 else metric
+    own = "; of these seeds it is the best" if len(seeds) > 1 else ""
+    if good is None:
+        return f"best {under} of {among}, {best:.6g}{own}"
+    margin, count = good
+    text = f"smallest of {count} of {among} whose {under} is at most {margin:g} worse than the best, {best:.6g}"
+    if group is leader:
+        return f"{text}: the best itself{own}"
+    costs = {c.recipe.seed: _cost(c.value, c.higher) for c in leader}
+    worse = [_cost(c.value, c.higher) - costs[c.recipe.seed] for c in group if c.recipe.seed in costs]
+    interval = mean_interval(worse)
+    text += f": worse by {_mean_cost(group) - _mean_cost(leader):.6g}"
+    if interval["low"] is None:
+        return f"{text}, under too few seeds to say how sure that is{own}"
+    text += f" (95 % interval {interval['low']:.6g} to {interval['high']:.6g})"
+    if interval["high"] > margin:
+        text += f", which {interval['n']} seeds do not show to be within {margin:g}"
+    return text + own
 
 
 def _cost(value: float, higher: bool) -> float:
@@ -153,6 +189,7 @@ def facts(candidate: Candidate, source: str, evaluation: str, base_model: Mappin
         "labels": list(o["labels"]),
         "source": source,
         "run": candidate.uri,
+        "choice": candidate.choice,
         "metrics": metrics,
         "recipe": candidate.recipe.model_dump(mode="json"),
     }
@@ -175,12 +212,12 @@ def card(text: bytes, record: Mapping[str, Any]) -> bytes:
         for key, value in record["metrics"].items()
         if isinstance(value, int | float)
     )
-    base = record["base_model"]
+    base, choice = record["base_model"], f": {record['choice']}" if record["choice"] else ""
     more = f"""
 ## Registered
 
-Chosen by {record["metric"].replace("_", " ")}. Base model `{base["path"]}`, SHA-256 of its weights and configuration
-`{base["sha256"]}`.
+Chosen by {record["metric"].replace("_", " ")}{choice}. Base model `{base["path"]}`, SHA-256 of its weights and
+configuration `{base["sha256"]}`.
 
 | measured | |
 |---|---|

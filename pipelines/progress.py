@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from statistics import fmean
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class _Left(ProgressColumn):
+    """Time left, which falls while nothing else changes."""
+
+    def __init__(self, words: Callable[[], str]) -> None:
+        self._words = words
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        return Text(self._words())
 
 
 class TrialsProgress:
@@ -24,43 +47,57 @@ class TrialsProgress:
         self._live = console.is_terminal
         self._started = time.monotonic()
         self._seconds: list[float] = []
+        self._shares: list[float] = []
         self._state = ""
+        self._end: float | None = None
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("trials"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
+            _Left(self._left),
             console=console,
             transient=True,
             disable=not self._live,
         )
-        self._task = self._bar.add_task("starting Ray")
+        self._task = self._bar.add_task("starting Ray", total=None)
         self._bar.start()
 
-    def ended(self, seconds: float) -> None:
-        """A trial ended well after so many seconds."""
-        self._seconds.append(seconds)
+    def finished(self, outcome: Mapping[str, Any]) -> None:
+        """A trial ended with this outcome."""
+        # The loop's seconds begin anew where a trial went on from a checkpoint; those of its steps do not.
+        self._seconds.append(max(outcome["loop_seconds"], outcome["training_seconds"]))
+        self._shares.append(1.0)
+
+    def stopped(self, share: float) -> None:
+        """A trial was stopped early, after this share of its steps."""
+        self._shares.append(share)
 
     def show(self, done: int, total: int, running: int, failed: int, best: str, stopped: int = 0) -> None:
         """What is true now."""
         counts = {"running": running, "stopped early": stopped, "failed": failed}
         parts = [f"{count} {name}" for name, count in counts.items() if count or name == "running"]
-        parts += [best, self._left(total - done)]
-        text = "  ".join(p for p in parts if p)
+        text = "  ".join([*parts, *([best] if best else [])])
         self._state = f"{done}/{total}  {text}"
+        self._end = None
+        if self._seconds and done < total:
+            each = fmean(self._seconds) * fmean(self._shares)
+            # The last trials do not get faster by having the places of others free.
+            self._end = time.monotonic() + each * max(1.0, (total - done) / self.concurrency)
         self._bar.update(self._task, completed=done, total=total, description=text)
 
     def line(self, text: str) -> None:
         """Something that stays on the screen; where no bar moves, with the state of all."""
-        state = "" if self._live else f"  [dim]({self._state})[/]"
+        left = self._left()
+        state = "" if self._live else f"  [dim]({self._state}{'  ' if left else ''}{left})[/]"
         shown = f"[dim]{time.monotonic() - self._started:5.0f} s[/]  {text}{state}"
         self._console.print(shown, highlight=False, soft_wrap=True)
 
-    def _left(self, trials: int) -> str:
-        if not self._seconds or not trials:
+    def _left(self) -> str:
+        """Time left, in words; nothing as long as nobody knows, or when it is over and trials still run."""
+        if self._end is None or (seconds := self._end - time.monotonic()) <= 0:
             return ""
-        seconds = sum(self._seconds) / len(self._seconds) * trials / self.concurrency
         return f"about {duration(seconds)} left"
 
     def close(self) -> None:

@@ -53,6 +53,8 @@ def main(args: Namespace, console: Console) -> int:
     console.print(
         f"from {screens.local(candidate.uri)}, {candidate.parameters:,} parameters", highlight=False, soft_wrap=True
     )
+    if candidate.choice:
+        console.print(candidate.choice, highlight=False, markup=False, soft_wrap=True)
     words = ["hyperlora", "pull", f"models:/{args.name}@{done.alias}", "DIR"]
     if mlflow.tracking_uri != _default():
         words += ["--tracking-uri", uris.redacted(mlflow.tracking_uri)]

@@ -93,7 +93,7 @@ def run_planned(
                 fresh = name in running
                 running.discard(name)
                 if result.outcome is not None:
-                    progress.ended(result.outcome["loop_seconds"])
+                    progress.finished(result.outcome)
                 log(result)
                 show()
                 if fresh:

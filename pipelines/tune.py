@@ -45,6 +45,8 @@ from tune_spaces.reading import read_space
 from tune_spaces.space import BoundSpace, Parameter, Space, Values
 
 FILES = ("tune.html", "tune.json", "trials.csv", "trials.parquet")
+#: Of a whole trial, for early stopping, where neither --evaluations nor the recipe says how many.
+EVALUATIONS = 8
 #: What --objectives names, beside the metric.
 OTHERS = {"rank": "rank_final", "seconds": "training_seconds"}
 KEPT_RANK = Parameter(
@@ -60,6 +62,7 @@ class Options:
         recipe: as a trial runs it.
         tracked: the user's recipe, whose ``mlflow`` section holds.
         watched: metric that early stopping compares; None: every trial runs to its end.
+        evaluations: of a whole trial; None: the command line does not say.
         concurrency: None takes what the cluster holds.
     """
 
@@ -72,7 +75,7 @@ class Options:
     objectives: list[Objective]
     watched: Objective | None
     seed: int
-    evaluations: int
+    evaluations: int | None
     concurrency: int | None
     out: str
     command: str
@@ -159,7 +162,7 @@ def resolved(args: Namespace) -> Options:
     whole = f"a whole number, 1 to {MOST}"
     trials = number("--trials", args.trials, int, whole, problems)
     workers = number("--workers", args.workers, int, whole, problems)
-    evaluations = number("--evaluations", args.evaluations, int, whole, problems)
+    evaluations = number("--evaluations", args.evaluations, int, whole, problems) if args.evaluations else None
     concurrency = number("--concurrency", args.concurrency, int, whole, problems) if args.concurrency else None
     seed = number("--seed", args.seed, int, whole, problems)
     if args.sampler not in SAMPLERS:
@@ -227,7 +230,7 @@ def _decide(options: Options, estimate: Estimate) -> Tuning:
     """
     recipe, steps = options.recipe, estimate.steps
     if options.watched is not None:
-        every = recipe.training.eval_every or max(1, steps // options.evaluations)
+        every = recipe.training.eval_every or max(1, steps // (options.evaluations or EVALUATIONS))
         if recipe.training.eval_every:
             note = f"the recipe's training.eval_every={every} says when trials are evaluated; --evaluations does not"
             estimate.notes.append(note)
@@ -235,6 +238,8 @@ def _decide(options: Options, estimate: Estimate) -> Tuning:
         save = min(recipe.training.checkpoint_every or every, every)
         training = recipe.training.model_copy(update={"eval_every": every, "checkpoint_every": save})
         recipe = recipe.model_copy(update={"training": training})
+    elif options.evaluations is not None:
+        estimate.notes.append(f"--evaluations={options.evaluations} has no part: no trial is stopped early")
     space = options.space.bind(recipe, estimate)
     trials = options.trials
     if options.sampler == "grid":
@@ -305,7 +310,9 @@ def _run(tuned: Tuning, console: Console, verbose: bool, log: Log) -> dict[str, 
         fresh = running.pop(name, None) is not None
         done[name] = record(result)
         if result.outcome is not None:
-            progress.ended(result.outcome["loop_seconds"])
+            progress.finished(result.outcome)
+        elif result.status == "stopped":
+            progress.stopped(done[name]["reports"][-1]["step"] / tuned.plan["steps"])
         log(result)
         show()
         if fresh:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import psutil
 
 
@@ -45,9 +46,7 @@ def kill(process: subprocess.Popen[Any]) -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     # Ray ends its processes when their driver is gone; a trial of a second would have finished before.
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
+    processes.kill(family)
     process.wait()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mlflow import MlflowClient
 from peft import PeftModel
 
 from hyperlora import storage
-from hyperlora.adapters import build_base, load_tokenizer
+from hyperlora.adapters import build_base, load_tokenizer, resolve_path
 from hyperlora.config import parse
 from hyperlora.fingerprint import evaluation_fingerprint
 from hyperlora.tasks import build_task
@@ -82,6 +83,10 @@ def test_pulled_it_is_a_plain_adapter_with_the_registered_metric(
     tracking = ("--tracking-uri", f"sqlite:///{folder / 'mlflow.db'}")
     record = command("pull", "models:/arithmetic@champion", str(folder / "pulled"), *tracking, folder=folder)
     assert record["version"] == 2
+    files, digest = Path(resolve_path("builtin:storylm")), hashlib.sha256()
+    for name in ("config.json", "model.safetensors"):
+        digest.update(name.encode() + b"\0" + hashlib.sha256((files / name).read_bytes()).digest())
+    assert record["base_model"] == {"path": "builtin:storylm", "revision": None, "sha256": digest.hexdigest()}
     recipe = parse(json.loads((folder / "pulled/registration.json").read_text())["recipe"])
     tokenizer = load_tokenizer(recipe.model)
     task = build_task(recipe, tokenizer)
@@ -93,6 +98,10 @@ def test_pulled_it_is_a_plain_adapter_with_the_registered_metric(
             sums = task.metric_sums(model.eval(), rows, torch.device("cpu")).tolist()
         values.append(sums[0] / sums[1])
     assert values[1] == pytest.approx(found["better"]["value"], abs=1e-5)
+    client = MlflowClient(tracking[1])
+    logged = client.get_run(found["better"]["mlflow_run_id"]).data.metrics["held_out_loss"]
+    tag = json.loads(client.get_model_version("arithmetic", "2").tags["hyperlora.value"])
+    assert logged == tag == record["value"] == found["better"]["value"]
     assert abs(values[0] - values[1]) > 0.01
     by_version = command("pull", "models:/arithmetic/1", str(folder / "one"), *tracking, folder=folder)
     assert by_version["value"] == found["first"]["value"]
@@ -135,6 +144,41 @@ def test_a_search_gives_its_best_trial_or_the_smallest_that_is_good_enough(
         more = () if margin is None else ("--non-inferior", str(margin))
         done = command("register", str(search), "--name", "searched", *more, folder=folder)
         assert done["run"].endswith(wanted)
+
+
+def test_of_a_study_the_point_and_why_it_was_chosen(
+    registered: tuple[Path, Any, dict[str, str]], capsys: pytest.CaptureFixture
+) -> None:
+    """A study's folder by hand: two points, the better one larger, and one without finished trials."""
+    folder, _, sources = registered
+    study = folder / "study"
+    (study / "trials").mkdir(parents=True)
+    outcomes = {}
+    for trial, source in (("p000-seed1", "better"), ("p001-seed1", "first"), ("p002-seed1", "worse")):
+        (study / "trials" / trial).symlink_to(sources[source])
+        outcomes[trial] = json.loads((Path(sources[source]) / "result.json").read_text())
+    larger = storage.unsealed(outcomes["p000-seed1"])
+    larger["adapter_parameters_final"] = outcomes["p001-seed1"]["adapter_parameters_final"] + 1
+    (Path(sources["better"]) / "result.json").write_bytes(storage.sealed(larger))
+    points = [{"point": n, "n": 1, "by_seed": {"1": 0.0}} for n in range(2)] + [{"point": 2, "n": 0, "by_seed": {}}]
+    (study / "study.json").write_text(json.dumps({"metric": "held_out_loss", "points_measured": points}))
+    loss = {t: o["held_out_loss_after"] for t, o in outcomes.items()}
+    gap = loss["p001-seed1"] - loss["p000-seed1"]
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    for margin, wanted in ((None, "p000-seed1"), (gap * 0.9, "p000-seed1"), (gap * 1.1, "p001-seed1")):
+        more = () if margin is None else ("--non-inferior", str(margin))
+        done = command("register", str(study), "--name", "studied", *more, folder=folder)
+        assert done["run"].endswith(wanted)
+        assert done["value"] == loss[wanted]
+        assert done["choice"] in capsys.readouterr().out
+        target = folder / f"studied-{done['version']}"
+        record = command(
+            "pull", f"models:/studied/{done['version']}", str(target), "--tracking-uri", uri, folder=folder
+        )
+        assert (record["value"], record["choice"]) == (done["value"], done["choice"])
+    assert done["choice"].startswith("smallest of 2 of 2 points whose held out loss is at most")
+    assert f": worse by {gap:.6g}, under too few seeds to say how sure that is" in done["choice"]
+    assert done["choice"] in (target / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["result.json", "adapter/adapter_model.safetensors", "adapter/README.md"])

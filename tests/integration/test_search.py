@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
+import processes
 import pytest
 import ray
 from conftest import small_recipe
@@ -41,10 +41,7 @@ def kill_the_worker(folder: Path) -> None:
     """Kill the process of this test's own Ray that is at work on a trial, once that has a checkpoint."""
     while not list(folder.glob("checkpoints/*/COMMIT")):
         time.sleep(0.01)
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # it ended while it was looked at
-            if "ray::_train" in " ".join(process.cmdline()):
-                process.kill()
+    processes.kill(processes.below(os.getpid(), "ray::_train"))
 
 
 @pytest.mark.usefixtures("cluster")

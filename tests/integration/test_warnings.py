@@ -35,6 +35,19 @@ def run(recipe: Path, *changes: str) -> dict:
     return json.loads(summary.read_text())
 
 
+def logged(folder: Path, result: dict) -> None:
+    """A warning is its monitor's first value of 1 or more in MLflow, and a tag."""
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    (warning,) = result["warnings"]
+    history = client.get_metric_history(result["mlflow_run_id"], f"monitor/{warning['monitor']}")
+    assert [m.step for m in history] == list(range(1, result["steps"] + 1))
+    values = [m.value for m in history]
+    first = next(n for n, value in enumerate(values, 1) if value >= 1)
+    assert (warning["step"], warning["value"]) == (first, values[first - 1])
+    tag = client.get_run(result["mlflow_run_id"]).data.tags[f"hyperlora.warning.{warning['monitor']}"]
+    assert tag == f"step {first}: {warning['message']}"
+
+
 def shown(capsys: pytest.CaptureFixture) -> str:
     return " ".join(capsys.readouterr().out.split())
 
@@ -63,15 +76,12 @@ def test_stall(recipe_file: Path, baseline: str, tmp_path: Path, capsys: pytest.
     for name in MONITORS:
         history = client.get_metric_history(result["mlflow_run_id"], name)
         assert [m.step for m in history] == list(range(1, 41)), name
-    stalls = [m.value for m in client.get_metric_history(result["mlflow_run_id"], "monitor/stall")]
-    first = next(n for n, value in enumerate(stalls, 1) if value >= 1)
-    assert (warning["step"], warning["value"]) == (first, stalls[first - 1])
-    tag = client.get_run(result["mlflow_run_id"]).data.tags["hyperlora.warning.stall"]
-    assert tag == f"step {first}: {warning['message']}"
+    logged(tmp_path, result)
 
 
-def test_quality_drop_after_pruning(recipe_file: Path, capsys: pytest.CaptureFixture) -> None:
-    result = run(recipe_file, *CUT)
+def test_quality_drop_after_pruning(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    result = run(recipe_file, *CUT, "mlflow.enabled=true")
+    logged(tmp_path, result)
     (warning,) = result["warnings"]
     assert (warning["monitor"], warning["step"]) == ("pruning_drop", 50)
     assert warning["value"] > 2
@@ -92,8 +102,9 @@ def test_drop_of_the_held_out_metric(recipe_file: Path) -> None:
     assert warning["message"].startswith("held-out loss went from")
 
 
-def test_gradient_instability(recipe_file: Path, capsys: pytest.CaptureFixture) -> None:
-    result = run(recipe_file, *TOO_FAST)
+def test_gradient_instability(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    result = run(recipe_file, *TOO_FAST, "mlflow.enabled=true")
+    logged(tmp_path, result)
     (warning,) = result["warnings"]
     assert warning["monitor"] == "gradient"
     assert shown(capsys).count("warning (gradient): gradient norm") == 1

@@ -6,7 +6,7 @@ import io
 import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,8 @@ import trials
 from mlflow import MlflowClient
 from rich.console import Console
 
-from hyperlora import runs, search, tracking, tuning
+from hyperlora import capacity, runs, search, tracking, tuning
+from hyperlora.capacity import Group, Growth, Node
 from hyperlora.config import Recipe
 from hyperlora.field import Entry
 from hyperlora.preflight import inspect
@@ -118,6 +119,16 @@ def test_the_cost_is_that_of_the_evaluations_that_there_are(
     )
     without = run(tune, tmp_path, "--space", "smoke", "--trials", "2", "--dry-run", "--stop-on", "none", *words)[1]
     assert without["seconds"] == 2 * (STEPS + 10 * (3 if "training.eval_every=50" in words else 1))
+
+
+@pytest.mark.parametrize("words", [("--stop-on", "none"), ("--objectives", "metric,seconds")])
+def test_evaluations_that_nothing_is_stopped_by_are_a_note(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "probe", lambda recipe, notes: None)
+    for given in ([], ["--evaluations", "8"]):
+        screen = run(tune, tmp_path, "--space", "smoke", "--dry-run", *words, *given)[2]
+        assert ("note: --evaluations=8 has no part: no trial is stopped early" in screen) == bool(given)
 
 
 # ---------------------------------------------------------------- points
@@ -224,6 +235,101 @@ def test_a_comparison_without_a_finished_baseline_has_failed(
     assert found == status
 
 
+# ---------------------------------------------------------------- how many trials at a time
+
+MOVING = {"ray.io/node-group": "cpu"}
+FOUR = Growth([Group("cpu", {"CPU": 2}, 4)])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "growth", "asked", "trials"),
+    [
+        ([Node({"CPU": 4})], None, None, 4),
+        ([Node({"CPU": 4})], None, 2, 2),
+        ([Node({"CPU": 4})], None, 9, 4),
+        ([Node({"CPU": 0})], None, None, 1),
+        # What lives now of a cluster that grows says nothing.
+        ([Node({"CPU": 1}, MOVING)], FOUR, None, 8),
+        ([Node({"CPU": 1}, MOVING)], FOUR, 3, 3),
+        ([Node({"CPU": 1}, MOVING)], FOUR, 9, 8),
+        # Where nobody says how far it grows, whoever asks for more knows better.
+        ([Node({"CPU": 1}, MOVING)], None, None, 1),
+        ([Node({"CPU": 1}, MOVING)], None, 9, 9),
+    ],
+)
+def test_trials_at_a_time_follow_from_the_cluster(
+    nodes: list[Node], growth: Growth | None, asked: int | None, trials: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "living", lambda: nodes)
+    monkeypatch.setattr(tuning, "growth", lambda: growth)
+    assert tuning._at_once(load_recipe("quickstart", ["ray.num_workers=1"]), asked) == trials
+
+
+def test_planned_trials_ask_for_the_accelerator_of_the_recipe_and_for_no_placement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    @contextmanager
+    def cluster(recipe: Recipe, *arguments: Any, **options: Any) -> Iterator[None]:
+        asked.append(recipe.ray)
+        yield
+
+    def remote(**options: Any) -> None:
+        asked.append(options)
+        raise InterruptedError
+
+    monkeypatch.setattr(search, "cluster", cluster)
+    monkeypatch.setattr(search, "share_rows", lambda recipe: "")
+    monkeypatch.setattr(search, "ray", SimpleNamespace(remote=remote))
+    words = ["ray.num_workers=2", "ray.placement=STRICT_SPREAD", "ray.accelerator_type=L4", "ray.gpus_per_worker=0.5"]
+    recipe = load_recipe("quickstart", words)
+    with pytest.raises(InterruptedError):
+        next(search.run(lambda done: [Trial("t1", str(tmp_path / "t1"), recipe)], recipe, 3))
+    cluster_has, trial_has = asked
+    # Three that one node may hold.
+    assert capacity.problems(cluster_has, [Node({"CPU": 4, "GPU": 2, "accelerator_type:L4": 1})]) == []
+    assert {k: trial_has[k] for k in ("num_cpus", "num_gpus", "accelerator_type")} == {
+        "num_cpus": 1,
+        "num_gpus": 0.5,
+        "accelerator_type": "L4",
+    }
+
+
+@pytest.mark.usefixtures("without_pages")
+def test_a_search_shows_what_became_of_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of an earlier run and a failed one; two that are stopped after an eighth and three eighths."""
+
+    def fake(wanted: Search, recipe: Recipe, proposals: Proposals, *, started: Any, over: Any, **options: Any) -> None:
+        for n in range(5):
+            made = wanted.make(f"t{n:04d}", proposals.ask() or {})
+            result = ended(made, n == 0)
+            if n:
+                started(made, 1)
+            if n > 1:
+                write(made.uri, REPORTS, [{"step": step, "exact_match": 0.5} for step in (15, 45)[: n - 1]])
+                result = Result(made, "stopped", "others were better", None, None)
+            if n < 4:
+                over(result)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "run", fake)
+    monkeypatch.setattr(tune, "probe", lambda recipe, notes: None)
+    screen = io.StringIO()
+    words = ["tune", "quickstart", "data.train_rows=64", "mlflow.enabled=false", "--space", "smoke", "--trials", "6"]
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(parse_arguments([*words, "--out", str(tmp_path / "out")]), Console(file=screen, width=200))
+    lines = [line.split(" s  ", 1)[1] for line in screen.getvalue().splitlines() if line.endswith(" left)")]
+    # Of 9 s, the mean share of those that did not fail: 1, then 9/16, then 1/2.
+    assert lines == [
+        "t0001 failed: out of memory  (2/6  0 running  1 failed  best t0000 0.8000  about 36 s left)",
+        "t0002: stopped early at step 15, exact match 0.5000  "
+        "(3/6  0 running  1 stopped early  1 failed  best t0000 0.8000  about 15 s left)",
+        "t0003: stopped early at step 45, exact match 0.5000  "
+        "(4/6  0 running  2 stopped early  1 failed  best t0000 0.8000  about 9 s left)",
+    ]
+
+
 # ---------------------------------------------------------------- what stays in the folder
 
 
@@ -241,9 +347,9 @@ def with_checkpoints(folder: Path) -> set[str]:
     return {path.parent.name for path in folder.glob("trials/*/checkpoints")}
 
 
-def tuned(folder: Path, count: int, **options: Any) -> list[str]:
+def tuned(folder: Path, count: int, *changes: str, **options: Any) -> list[str]:
     """Names and ends of the trials of a search in a folder."""
-    recipe, told = load_recipe("quickstart", ["ray.num_workers=1"]), []
+    recipe, told = load_recipe("quickstart", ["ray.num_workers=1", *changes]), []
     parameter = {"key": "x", "choices": (), "low": 0, "high": 9, "log": False, "integer": True}
     space = Searched([parameter], lambda t: {"x": t.suggest_int("x", 0, 9)}, lambda values: None)
     objective = Objective("loss", False)
@@ -287,12 +393,30 @@ def test_an_interrupted_search_drops_the_checkpoints_of_stopped_trials_when_ray_
             raise KeyboardInterrupt
 
     monkeypatch.setattr(tuning, "cluster", cluster)
-    monkeypatch.setattr(tuning, "_capacity", lambda recipe: 2)
+    monkeypatch.setattr(tuning, "_at_once", lambda recipe, asked: 2)
     monkeypatch.setattr(tuning.tune, "Tuner", Tuner)
     with pytest.raises(KeyboardInterrupt):
         tuned(tmp_path, 3, trainable=lambda config: None)
     assert (tmp_path / "trials/t0001" / STOPPED).is_file()
     assert with_checkpoints(tmp_path) == {"t0002"}
+
+
+def test_trials_of_a_search_ask_for_the_accelerator_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def with_resources(trainable: Any, resources: Any) -> None:
+        asked.append(resources)
+        raise InterruptedError
+
+    monkeypatch.setattr(tuning, "cluster", lambda *arguments, **options: nullcontext())
+    monkeypatch.setattr(tuning, "_at_once", lambda recipe, asked: 1)
+    monkeypatch.setattr(tuning.tune, "with_resources", with_resources)
+    for changes in ([], ["ray.gpus_per_worker=0.5", "ray.accelerator_type=L4"]):
+        with pytest.raises(InterruptedError):
+            tuned(tmp_path, 1, *changes, trainable=lambda config: None)
+    assert asked == [{"CPU": 1}, {"CPU": 1, "GPU": 0.5, "accelerator_type:L4": 0.001}]
 
 
 @pytest.mark.parametrize("where", [tuning, search])
