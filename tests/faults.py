@@ -1,6 +1,6 @@
 """Faults at random moments of real runs on a real S3 endpoint, drawn from a seed: nothing may be lost or wrongly read.
 
-    python -m tests.faults --injections 50 --seed 0 [--ray-share 0.2] [--json FILE]
+    python -m tests.faults --injections 50 --seed 0 [--ray-share 0.2] [--store rclone] [--json FILE]
 
 A run of the small recipe is trained without faults; then the same run again and again, with faults until the wanted
 number has been injected. Whatever happens, every run has to end with the same bytes in its adapter, to lose no
@@ -10,7 +10,8 @@ checkpoint that was committed, to say by name which file it refused, and to end 
     worker         SIGKILL of one Ray worker (runs with Ray only); it is started again
     head           SIGKILL of the head's control service (runs with Ray only), with which the Ray cluster ends
     term           SIGTERM: a checkpoint of the step at hand, status 143
-    outage         the endpoint's process is killed and comes back after a while
+    outage         the endpoint's process dies of a request and comes back after a while
+    restart        the store's own process dies while it is asked and comes back with what its disk has (rclone only)
     error          the endpoint answers 500 or 503 a few times
     slow           it takes its time for a few requests
     half           it sends half of a body and hangs up
@@ -26,6 +27,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -36,7 +38,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -45,6 +47,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "integration"))
 
+import processes
 import s3
 import small_disk
 from conftest import small_recipe
@@ -69,6 +72,7 @@ class Harness:
     """The endpoint, the recipe, and what has happened."""
 
     proxy: s3.Proxy
+    store: s3.Server
     recipe: Path
     draw: random.Random
     seconds: float = 0.0
@@ -127,9 +131,7 @@ class Harness:
     def _kill(self, process: subprocess.Popen[str]) -> bool:
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         os.killpg(process.pid, signal.SIGKILL)
-        for member in family:
-            if member.is_running():
-                member.kill()
+        processes.kill(family)
         process.communicate()
         return True
 
@@ -137,10 +139,7 @@ class Harness:
         # They take half of a small run to come up, and come up one by one.
         moment = self.draw.uniform(0, 0.5 * self.seconds)
         while process.poll() is None:
-            workers = []
-            for member in psutil.Process(process.pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):  # it ended while it was looked at
-                    workers += [member] if "RayTrainWorker" in "".join(member.cmdline()) else []
+            workers = processes.below(process.pid, "RayTrainWorker")
             if workers and moment <= 0:
                 self.draw.choice(workers).kill()
                 return False
@@ -150,16 +149,13 @@ class Harness:
 
     def _head(self, process: subprocess.Popen[str]) -> bool | None:
         family = psutil.Process(process.pid).children(recursive=True)
-        heads = [p for p in family if "gcs_server" in p.name()]
+        heads = processes.below(process.pid, "gcs_server")
         if not heads:
             return None
-        for head in heads:
-            head.kill()
+        processes.kill(heads)
         process.communicate(timeout=300)
         # What Ray leaves behind when it ends like that must not write into the run.
-        for member in family:
-            if member.is_running():
-                member.kill()
+        processes.kill(family)
         return process.returncode != 0
 
     def _term(self, process: subprocess.Popen[str]) -> bool | None:
@@ -171,11 +167,27 @@ class Harness:
             assert f"after step {newest.trainer['step']} of" in " ".join(message.split()), message
         return None if process.returncode == 0 else True  # the run had ended before
 
-    def _outage(self, process: subprocess.Popen[str]) -> bool:
-        self.proxy.stop()
+    def _outage(self, process: subprocess.Popen[str]) -> bool | None:
+        # What dies of a request has left it without an answer; those that follow are refused.
+        self.proxy.faults({"kind": "death"})
+        while not self.proxy.ended():
+            if process.poll() is not None and not self.proxy.ended():
+                self.proxy.faults()
+                return None
+            time.sleep(0.05)
         time.sleep(self.draw.uniform(0.5, 4))
         self.proxy.start()
         return False
+
+    def _restart(self, process: subprocess.Popen[str]) -> bool | None:
+        before = len(self.proxy.happened())
+        self.store.stop()
+        while len(self.proxy.happened()) == before and process.poll() is None:
+            time.sleep(0.05)
+        met = len(self.proxy.happened()) > before
+        time.sleep(self.draw.uniform(0.5, 4) if met else 0)
+        self.store.start()
+        return False if met else None
 
     def _error(self, process: subprocess.Popen[str]) -> bool | None:
         status, times = self.draw.choice((500, 503)), self.draw.randint(1, 4)
@@ -362,8 +374,17 @@ class Harness:
         self.damaged = None
 
 
-def harness(folder: Path, seed: int, injections: int, ray_share: float = 0.0) -> dict[str, Any]:
+def harness(
+    folder: Path, seed: int, injections: int, ray_share: float = 0.0, store: Literal["moto", "rclone"] = "moto"
+) -> dict[str, Any]:
     """Inject faults until there were so many; returns what happened.
+
+    Args:
+        folder: for the recipe, and for the objects of rclone.
+        seed: of every draw.
+        injections: that were met by something.
+        ray_share: share of the runs that train with Ray, two workers each.
+        store: moto holds objects in memory and knows conditional writes, rclone holds files and does not.
 
     Raises:
         AssertionError: something was lost, wrongly read, or ended without saying why.
@@ -377,20 +398,23 @@ def harness(folder: Path, seed: int, injections: int, ray_share: float = 0.0) ->
     recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
     draw = random.Random(seed)
     runs = 0
-    with s3.running(s3.moto()) as moto, s3.running(s3.Proxy(moto)) as proxy:
+    (folder / "objects").mkdir()
+    server = s3.moto() if store == "moto" else s3.rclone(folder / "objects")
+    kinds = KINDS if store == "moto" else (*KINDS, "restart")
+    with s3.running(server), s3.running(s3.Proxy(server)) as proxy:
         assert isinstance(proxy, s3.Proxy)
         # What this process asks goes past the proxy, and meets none of its faults.
-        os.environ["AWS_ENDPOINT_URL"] = moto.url
+        os.environ["AWS_ENDPOINT_URL"] = server.url
         type(storage.filesystem(STORE)[0]).clear_instance_cache()
         storage.filesystem(STORE)[0].mkdir("faults")
-        state = Harness(proxy, recipe, draw)
+        state = Harness(proxy, server, recipe, draw)
         state.expected, state.losses, state.seconds = state.reference()
         decks: dict[bool, list[str]] = {False: [], True: []}
 
         def next_kind(with_ray: bool) -> str:
             """Every kind once, in a drawn order, before any comes again; those of Ray first."""
             if not decks[with_ray]:
-                decks[with_ray] = [*draw.sample(KINDS, len(KINDS)), *(("head", "worker") if with_ray else ())]
+                decks[with_ray] = [*draw.sample(kinds, len(kinds)), *(("head", "worker") if with_ray else ())]
             return decks[with_ray].pop()
 
         while len(state.log) < injections:
@@ -405,7 +429,8 @@ def harness(folder: Path, seed: int, injections: int, ray_share: float = 0.0) ->
             state.run(chosen, *(("ray.backend=ray", "ray.num_workers=2") if with_ray else ()))
             print(f"{len(state.log)}/{injections} faults in {runs} runs: {' '.join(chosen)}", flush=True)
     counts = Counter(entry["kind"] for entry in state.log)
-    return {"seed": seed, "injections": len(state.log), "runs": runs, "kinds": dict(counts), "log": state.log}
+    found = {"seed": seed, "store": store, "ray_share": ray_share, "injections": len(state.log), "runs": runs}
+    return found | {"kinds": dict(counts), "log": state.log}
 
 
 def main() -> None:
@@ -413,13 +438,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--injections", type=int, default=50)
     parser.add_argument("--ray-share", type=float, default=0.2)
+    parser.add_argument("--store", choices=("moto", "rclone"), default="moto")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = harness(Path(folder), arguments.seed, arguments.injections, arguments.ray_share)
+        result = harness(Path(folder), arguments.seed, arguments.injections, arguments.ray_share, arguments.store)
     print(f"{result['injections']} faults in {result['runs']} runs: every run ended with the same adapter")
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        from benchmarks.common import provenance, write_json
+
+        command = "python -m tests.faults " + shlex.join(sys.argv[1:])
+        write_json(arguments.json, {"command": command, "provenance": provenance()} | result)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import processes
 import psutil
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from s3 import free_port
@@ -112,9 +113,7 @@ class Node:
 
     def kill(self) -> None:
         """As if its machine had lost its power."""
-        for process in self.processes():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        processes.kill(self.processes())
         self._process.wait(60)
         shutil.rmtree(self.folder, ignore_errors=True)
 

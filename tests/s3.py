@@ -6,8 +6,9 @@ Run as a program this file is the proxy. Faults are set with PUT /_faults and a 
 
 kind: status (answer this, forward nothing), slow (wait ``seconds`` first), half (forward, then answer with half the
 body and hang up), cut (forward half the request's body as if it were all), unconditional (501 for If-None-Match), deaf
-(forward without If-None-Match). method and match (a part of the path) are optional; times is how often it happens.
-GET /_faults gives the list of requests that met one.
+(forward without If-None-Match), death (the proxy is killed and answers nothing). method and match (a part of the path)
+are optional; times is how often it happens. GET /_faults gives the list of requests that met one,
+and of those (away) to which the server behind gave no answer.
 """
 
 from __future__ import annotations
@@ -85,6 +86,10 @@ class Server:
                 time.sleep(0.1)
             else:
                 return
+
+    def ended(self) -> bool:
+        """Whether it has died since it was started."""
+        return self._process is not None and self._process.poll() is not None
 
     def stop(self) -> None:
         """As if its machine had lost its power."""
@@ -190,6 +195,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         fault = self._take()
         kind = fault["kind"]
+        if kind == "death":
+            os.kill(os.getpid(), signal.SIGKILL)
         if kind in ("status", "unconditional"):
             self._error(501 if kind == "unconditional" else fault["status"])
             return
@@ -207,7 +214,8 @@ class Handler(BaseHTTPRequestHandler):
             connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
             data = answer.read()
-        except OSError:
+        except (OSError, http.client.HTTPException):
+            self.log.append(f"away {self.command} {self.path}")
             self._error(503)
             return
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,6 +143,30 @@ def two_jobs(
     return [dict(zip(("result", "adapter"), outcome(STORE, name), strict=True)) for name in ("one", "two")]
 
 
+def test_the_doctor_tries_every_node(cluster: Cluster, places: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path, "doctor", places)
+    done = hyperlora("doctor", str(path), "--address", cluster.url)
+    assert done.returncode == 0, done
+    assert len(re.findall(r"ok\s+node [^,\n]+: the same versions as here", done.stdout)) == 3, done
+    assert done.stdout.count("written and read in") == 5, "here, in the job, and on every node"
+    assert done.stdout.count(": a run written in") == 5
+    assert len(re.findall(r"ok\s+node [^,\n]+, shared storage: what the job wrote is there", done.stdout)) == 3, done
+
+
+def test_the_quickstart_trains_on_it(cluster: Cluster, places: dict[str, Any], tmp_path: Path) -> None:
+    """The shipped recipe, a few steps of it."""
+    fewer = ["training.steps=4", "data.train_rows=64", "data.eval_rows=4"]
+    kept = [f"storage.uri={STORE}", f"mlflow.tracking_uri={places['tracking_uri']}"]
+    done = submit(cluster.url, tmp_path, "train", "quickstart", *fewer, *kept, "--env", ",".join(places["env"]))
+    assert (done["exit"], done["status"]) == (0, "SUCCEEDED"), done["shown"]
+    result, adapter = outcome(STORE, "quickstart")
+    assert (result["workers"], len(result["losses"])) == (2, 4)
+    assert len(adapter) == 2 * len(result["modules"])
+    tracked = MlflowClient(places["tracking_uri"]).get_run(result["mlflow_run_id"])
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.metrics["loss"] == result["losses"][-1]
+
+
 def test_two_jobs_share_the_cluster(two_jobs: list[dict[str, Any]]) -> None:
     one, two = (job["result"] for job in two_jobs)
     assert (one["workers"], two["workers"]) == (1, 2)
@@ -174,7 +199,7 @@ def test_a_node_dies_and_the_run_ends_with_the_same_adapter(
     client = MlflowClient(places["tracking_uri"])
     (run,) = client.search_runs(["1"], "attributes.run_name LIKE 'fixed-%'")
     history = client.get_metric_history(run.info.run_id, "loss")
-    assert sorted({m.step for m in history}) == list(range(1, STEPS + 1))
+    assert sorted(m.step for m in history) == list(range(1, STEPS + 1)), "each once"
 
     # What is left holds one worker beside the head's: the elastic run goes on with one when that node goes as well, now
     # with a notice, as a cloud takes back a machine. Its only checkpoint is of the step at which the notice came.

@@ -10,9 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 import ray
@@ -51,6 +51,22 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return run(recipe, STEPS)
 
 
+@pytest.fixture(scope="module")
+def whole(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What two workers that nothing disturbs come to."""
+    recipe = tmp_path_factory.mktemp("whole") / "small.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe(recipe.parent)), encoding="utf-8")
+    return run(recipe, STEPS, "training.checkpoint_every=20", *TWO)
+
+
+def same_bytes(whole: dict, again: dict) -> None:
+    """A run that was killed comes to what the undisturbed one comes to, bit for bit."""
+    assert again["losses"] == whole["losses"]
+    assert again["ranks"] == whole["ranks"]
+    one, other = (Path(r["adapter"]) / "adapter_model.safetensors" for r in (whole, again))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def same(alone: dict, several: dict) -> None:
     """Several workers come to what one process comes to."""
     assert several["losses"] == pytest.approx(alone["losses"], abs=1e-6)
@@ -81,37 +97,28 @@ def test_several_workers_give_the_losses_of_one_process(
     same(alone, several)
 
 
-@pytest.mark.usefixtures("cluster")
-def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(recipe_file: Path, alone: dict) -> None:
-    changes = (STEPS, "training.checkpoint_every=20", *TWO)
-    whole = run(recipe_file, *changes)
+def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(recipe_file: Path, alone: dict, whole: dict) -> None:
     same(alone, whole)
     runs = recipe_file.parent / "runs"
-    before = set(runs.glob("small-*"))
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLER, str(runs), *(p.name for p in before)], stdout=subprocess.PIPE, text=True
-    )
-    again = run(recipe_file, *changes)
+    process = subprocess.Popen([sys.executable, "-c", KILLER, str(runs)], stdout=subprocess.PIPE, text=True)
+    again = run(recipe_file, STEPS, "training.checkpoint_every=20", *TWO)
     told, _ = process.communicate(timeout=300)
     kept = json.loads(told)
     assert again["step_seconds"][: len(kept)] == kept, "no step of the checkpoint was taken twice"
     assert len(kept) >= 20
-    assert again["losses"] == whole["losses"]
-    assert again["ranks"] == whole["ranks"]
-    one, other = (Path(r["adapter"]) / "adapter_model.safetensors" for r in (whole, again))
-    assert one.read_bytes() == other.read_bytes()
+    same_bytes(whole, again)
 
 
-# Waits for a checkpoint of a new run, then kills one of the Ray Train workers of the test that started this; tells the
+# Waits for the run's first checkpoint, then kills one of the Ray Train workers of the test that started this; tells the
 # times of the steps in the checkpoint.
 KILLER = """
 import json, os, pathlib, signal, sys, time
 import psutil
 from hyperlora import checkpoint
-runs, old = pathlib.Path(sys.argv[1]), set(sys.argv[2:])
+runs = pathlib.Path(sys.argv[1])
 deadline = time.monotonic() + 240
 while time.monotonic() < deadline:
-    if any(p.parts[len(runs.parts)] not in old for p in runs.glob("*/checkpoints/*/COMMIT")):
+    if any(runs.glob("*/checkpoints/*/COMMIT")):
         try:
             processes = [(p, " ".join(p.cmdline())) for p in psutil.Process(os.getppid()).children(recursive=True)]
             workers = [(p, line) for p, line in processes if "RayTrainWorker" in line]
@@ -120,8 +127,8 @@ while time.monotonic() < deadline:
             continue  # one ended while it was looked at
         if busy:
             os.kill(busy[-1].pid, signal.SIGKILL)
-            (new,) = (run for run in runs.glob("small-*") if run.name not in old)
-            print(json.dumps(checkpoint.load(checkpoint.committed(str(new))[-1]).trainer["step_seconds"]))
+            (run,) = runs.glob("small-*")
+            print(json.dumps(checkpoint.load(checkpoint.committed(str(run))[-1]).trainer["step_seconds"]))
             break
     time.sleep(0.02)
 """
@@ -157,7 +164,7 @@ def test_more_than_the_cluster_has(recipe_file: Path, capfd: pytest.CaptureFixtu
     assert "ray.gpus_per_worker: got 1.0; 2 workers need 2 GPUs, the cluster has 0" in message
 
 
-def test_killed_driver_resumes(recipe_file: Path, alone: dict) -> None:
+def test_killed_with_its_whole_cluster_a_run_resumes_to_the_same_bits(recipe_file: Path, whole: dict) -> None:
     """Everything dies at once: driver, Ray and workers. The next command goes on from the last checkpoint.
 
     The first shows what Ray says, which it does not without ``-v``: the quickstart's test.
@@ -182,11 +189,9 @@ def test_killed_driver_resumes(recipe_file: Path, alone: dict) -> None:
     said = shown.read_text()
     assert "Started a local Ray instance" in said
     assert "(RayTrainWorker pid=" in said or "(TrainController pid=" in said
-    # The rest runs in this process alone: another number of workers.
-    resumed = run(recipe_file, *changes, "--resume")
+    resumed = run(recipe_file, *changes, *TWO, "--resume")
     assert resumed["step_seconds"][: len(kept)] == kept, "no step of the checkpoint was taken twice"
-    assert resumed["losses"] == pytest.approx(alone["losses"], abs=1e-6)
-    assert resumed["ranks"] == alone["ranks"]
+    same_bytes(whole, resumed)
 
 
 def test_sigterm_of_the_driver_saves_a_checkpoint_on_the_workers(recipe_file: Path, alone: dict) -> None:
@@ -208,6 +213,7 @@ def test_sigterm_of_the_driver_saves_a_checkpoint_on_the_workers(recipe_file: Pa
     step = json.loads(saved.read_text())["step"]
     assert 1 < step < 160
     assert f"told to stop after step {step} of 160; the last checkpoint is {saved.parent}" in " ".join(message.split())
+    # The rest runs in this process alone: another number of workers.
     resumed = run(recipe_file, *changes, "--resume")
     assert resumed["losses"] == pytest.approx(alone["losses"], abs=1e-6)
     assert resumed["ranks"] == alone["ranks"]
@@ -220,9 +226,7 @@ def test_sigterm_while_ray_starts_ends_it_with_its_processes(recipe_file: Path) 
     while not started:
         assert process.poll() is None
         time.sleep(0.01)
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # it ended while it was looked at
-                started += [child] if "gcs_server" in child.name() else []
+        started = processes.below(process.pid, "gcs_server")
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, message

@@ -1,4 +1,7 @@
-"""The files in infra/ agree with the project; real parsers and published schemas take them. No container is started."""
+"""The files in infra/ agree with the project; real parsers and schemas take them, of KubeRay one written by hand.
+
+No container is started.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from sqlalchemy import make_url
 
 from hyperlora import jobs
@@ -280,6 +284,10 @@ def test_servers_listen_where_they_are_looked_for() -> None:
     assert head["ports"] == ["127.0.0.1:{0}:{0}".format(given["dashboard-port"])]
     assert head["healthcheck"]["test"][-1] == f"127.0.0.1:{given['port']}"
     assert f"--address=head:{given['port']}" in words(worker["command"])
+    (port,) = (w.partition("=")[2] for w in words(worker["command"]) if w.startswith("--dashboard-agent-listen-port="))
+    path = "/api/local_raylet_healthz"
+    assert worker["healthcheck"]["test"][-1] == f"http://127.0.0.1:{port}{path}"
+    assert path in PUBLIC_EXACT_PATHS, "the probe has no token"
 
 
 def test_versions_images_and_ports_agree() -> None:
@@ -351,9 +359,9 @@ def test_pods_have_secrets_by_reference(name: str) -> None:
 
 
 def every_probe() -> list[Any]:
-    return [(name, s) for name, s in COMPOSE["services"].items() if name not in ("worker", "bucket")]
+    return [(name, s) for name, s in COMPOSE["services"].items() if name != "bucket"]  # it ends
 
 
 @pytest.mark.parametrize(("name", "service"), every_probe())
-def test_services_that_others_wait_for_have_a_probe(name: str, service: dict[str, Any]) -> None:
+def test_services_have_a_probe(name: str, service: dict[str, Any]) -> None:
     assert service["healthcheck"]["test"][0] == "CMD"
