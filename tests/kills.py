@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -10,14 +9,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
+from processes import FORKSERVER
+
 from hyperlora import checkpoint, optimizer
 from hyperlora.config import parse
 from hyperlora.training import RunInfo, Silent, train
 
 Where = Literal["step", "pruning event", "write"]
-
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["kills", "peft", "transformers.models.llama.modeling_llama"])
 
 
 class _Death:
@@ -80,7 +78,7 @@ def run(recipe: dict[str, Any], uri: str, where: Where = "step", n: int = 0) -> 
         where: at what the process is killed.
         n: at which of them, from 1; 0 is never.
     """
-    process = _processes.Process(target=_run, args=(recipe, uri, where, n))
+    process = FORKSERVER.Process(target=_run, args=(recipe, uri, where, n))
     process.start()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import requests
 import s3
 import yaml
 from conftest import small_recipe
@@ -23,6 +24,8 @@ from safetensors.torch import load
 from tracking_server import Server
 
 from hyperlora import checkpoint, storage
+from hyperlora.environment import GIVEN
+from pipelines.cli import main
 
 STORE = "s3://bucket/runs"
 STEPS = 60
@@ -153,18 +156,62 @@ def test_the_doctor_tries_every_node(cluster: Cluster, places: dict[str, Any], t
     assert len(re.findall(r"ok\s+node [^,\n]+, shared storage: what the job wrote is there", done.stdout)) == 3, done
 
 
-def test_the_quickstart_trains_on_it(cluster: Cluster, places: dict[str, Any], tmp_path: Path) -> None:
-    """The shipped recipe, a few steps of it."""
-    fewer = ["training.steps=4", "data.train_rows=64", "data.eval_rows=4"]
+def told(cluster: Cluster, secret: str) -> list[str]:
+    """Where a cluster shows a value: its files, and what it answers of jobs, actors and workers."""
+    # It passes over files that Ray removes meanwhile.
+    folders = [node.folder for node in (cluster.head, *cluster.nodes)]
+    command = ["grep", "-rlsF", f"--exclude={GIVEN}", secret, *folders]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout.splitlines()
+    headers = {"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}
+    for of in ("jobs/", "v0/jobs?detail=true", "v0/actors?detail=true", "v0/workers?detail=true"):
+        answer = requests.get(f"{cluster.url}/api/{of}", headers=headers, timeout=60)
+        answer.raise_for_status()
+        found += [of] if secret in answer.text else []
+    return found
+
+
+def test_the_quickstart_trains_as_in_one_process(cluster: Cluster, places: dict[str, Any], tmp_path: Path) -> None:
+    """The shipped recipe, a few steps of it, with variables of here that only its own processes see."""
+    fewer = ["training.steps=4", "training.checkpoint_every=2", "data.train_rows=64", "data.eval_rows=4"]
+    words = ["train", "quickstart", *fewer]
+    # Ray's own clients would follow these, whatever address they are told.
+    others = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1", "RAY_ADDRESS": "127.0.0.1:1"}
+    given = {"STORE_KEY": "topsecret", "HYPERLORA_CACHE": str(tmp_path / "cache")}
     kept = [f"storage.uri={STORE}", f"mlflow.tracking_uri={places['tracking_uri']}"]
-    done = submit(cluster.url, tmp_path, "train", "quickstart", *fewer, *kept, "--env", ",".join(places["env"]))
+    names = ",".join([*given, *places["env"]])
+    done = submit(cluster.url, tmp_path, *words, *kept, "--env", names, **given, **others)
     assert (done["exit"], done["status"]) == (0, "SUCCEEDED"), done["shown"]
-    result, adapter = outcome(STORE, "quickstart")
-    assert (result["workers"], len(result["losses"])) == (2, 4)
-    assert len(adapter) == 2 * sum(m["rank"] > 0 for m in result["modules"])
-    tracked = MlflowClient(places["tracking_uri"]).get_run(result["mlflow_run_id"])
+    assert done["job_id"] in done["shown"]
+    assert "held-out exact match" in done["shown"]
+    assert "topsecret" not in str(done)
+    assert told(cluster, "topsecret") == []
+    files = Path(cluster.head.folder).glob(f"session_2*/runtime_resources/working_dir_files/*/{GIVEN}")
+    (there,) = (file for file in files if "topsecret" in file.read_text())
+    assert given.items() <= json.loads(there.read_text()).items()
+    assert there.stat().st_mode & 0o777 == 0o600
+    # Command and workers keep rows where the job says, not where the nodes do.
+    (rows,) = (p.name for p in Path(tmp_path, "cache/rows").iterdir() if p.is_dir())
+    assert storage.exists(f"{STORE}/rows/{rows}/rows.json")
+    assert not [n for n in (cluster.head, *cluster.nodes) if Path(n.folder, "cache/rows", rows).exists()]
+    remote, _ = outcome(STORE, "quickstart")
+    assert (remote["workers"], len(remote["losses"])) == (2, 4)
+    tracked = MlflowClient(places["tracking_uri"]).get_run(remote["mlflow_run_id"])
     assert tracked.info.status == "FINISHED"
-    assert tracked.data.metrics["loss"] == result["losses"][-1]
+    assert tracked.data.metrics["loss"] == remote["losses"][-1]
+    alone = [f"storage.uri={tmp_path / 'runs'}", "mlflow.enabled=false", "ray.backend=local", "ray.num_workers=1"]
+    assert main([*words, *alone]) == 0
+    local, _ = outcome(str(tmp_path / "runs"), "quickstart")
+    assert remote["losses"] == pytest.approx(local["losses"], abs=1e-4)
+    assert remote["modules"] == local["modules"]
+    listed = hyperlora("jobs", "--address", cluster.url)
+    assert re.search(rf"{done['job_id']}\s+SUCCEEDED", listed.stdout), listed
+    assert "topsecret" not in listed.stdout
+    summary = tmp_path / "logs.json"
+    shown = hyperlora("logs", done["job_id"], "--address", cluster.url, "--json", str(summary)).stdout
+    assert "held-out exact match" in shown
+    known = json.loads(summary.read_text())
+    assert (known["job_id"], known["status"]) == (done["job_id"], "SUCCEEDED")
+    assert "held-out exact match" in known["logs"]
 
 
 def test_two_jobs_share_the_cluster(two_jobs: list[dict[str, Any]]) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from conftest import small_recipe
+from processes import FORKSERVER
 
 from hyperlora import checkpoint
 from hyperlora.config import Recipe, parse
@@ -120,7 +122,7 @@ def test_several_workers_stop_within_an_evaluation(tmp_path: Path) -> None:
     content["data"]["eval_rows"] = 9
     content["training"]["eval_batch_size"] = 2
     (tmp_path / "recipe.json").write_text(json.dumps(content))
-    torch.multiprocessing.spawn(_stopped, (str(tmp_path),), nprocs=2)
+    mp.start_processes(_stopped, (str(tmp_path),), nprocs=2, start_method=FORKSERVER.get_start_method())
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert all("told to stop after step 0 of 20" in t for t in told), told
     (saved,) = checkpoint.committed(str(tmp_path / "run"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import s3
 import yaml
 from conftest import small_recipe
+from processes import FORKSERVER
 
 from hyperlora import storage, tasks
 from hyperlora.adapters import load_tokenizer
@@ -188,8 +188,9 @@ def test_another_machine_gets_them_from_the_storage(
         task(given, rows=rows)
 
 
-def job(rounds: list[tuple[Recipe, str]], start: Any, told: Any) -> None:
+def job(environment: dict[str, str], rounds: list[tuple[Recipe, str]], start: Any, told: Any) -> None:
     """What the drivers of jobs do, one after the other, each with its cache; tells of what it does, and of the rows."""
+    os.environ.update(environment)
     doing: list[Any] = []
 
     def counted(name: str, call: Any) -> Any:
@@ -211,13 +212,10 @@ def job(rounds: list[tuple[Recipe, str]], start: Any, told: Any) -> None:
 
 def test_jobs_that_start_together_build_and_share_once(bucket: str, tmp_path: Path) -> None:
     """In processes of their own: first on one machine, then on a machine each."""
-    spawn = multiprocessing.get_context("spawn")
-    start, told = spawn.Barrier(3), spawn.SimpleQueue()
+    start, told = FORKSERVER.Barrier(3), FORKSERVER.SimpleQueue()
     one, each = (recipe(tmp_path, storage={"uri": f"{bucket}/{name}"}) for name in ("one", "each"))
-    processes = [
-        spawn.Process(target=job, args=([(one, f"{tmp_path}/one"), (each, f"{tmp_path}/{n}")], start, told))
-        for n in range(3)
-    ]
+    rounds = [[(one, f"{tmp_path}/one"), (each, f"{tmp_path}/{n}")] for n in range(3)]
+    processes = [FORKSERVER.Process(target=job, args=(dict(os.environ), r, start, told)) for r in rounds]
     for process in processes:
         process.start()
     for process in processes:

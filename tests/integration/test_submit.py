@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 import yaml
 from conftest import small_recipe
 from nodes import TOKEN, Cluster, Line, hyperlora, submit
 
 from hyperlora import jobs
-from hyperlora.environment import GIVEN
 from pipelines.cli import main
 
 
@@ -55,56 +53,6 @@ def listed(address: str, folder: Path) -> set[str]:
     listing = folder / "jobs.json"
     assert hyperlora("jobs", "--address", address, "--json", str(listing)).returncode == 0
     return {job["job_id"] for job in json.loads(listing.read_text())}
-
-
-def told(cluster: Cluster, secret: str) -> list[str]:
-    """Where a cluster shows a value: its files, and what it answers of jobs, actors and workers."""
-    # It passes over files that Ray removes meanwhile.
-    command = ["grep", "-rlsF", f"--exclude={GIVEN}", secret, cluster.head.folder]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout.splitlines()
-    headers = {"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}
-    for of in ("jobs/", "v0/jobs?detail=true", "v0/actors?detail=true", "v0/workers?detail=true"):
-        answer = requests.get(f"{cluster.url}/api/{of}", headers=headers, timeout=60)
-        answer.raise_for_status()
-        found += [of] if secret in answer.text else []
-    return found
-
-
-def test_a_job_trains_on_the_cluster_as_a_local_run_does(cluster: Cluster, address: str, tmp_path: Path) -> None:
-    """The shipped quickstart, a few steps of it, with variables of here that only its own processes see."""
-    fewer = ["training.steps=4", "training.checkpoint_every=2", "data.train_rows=64", "data.eval_rows=4"]
-    words = ["train", "quickstart", *fewer, f"storage.uri={tmp_path / 'runs'}", "mlflow.enabled=false"]
-    # Ray's own clients would follow these, whatever address they are told.
-    others = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1", "RAY_ADDRESS": "127.0.0.1:1"}
-    given = {"STORE_KEY": "topsecret", "HYPERLORA_CACHE": str(tmp_path / "cache")}
-    done = submit(address, tmp_path, *words, "--env", ",".join(given), **given, **others)
-    assert (done["exit"], done["status"]) == (0, "SUCCEEDED"), done["shown"]
-    assert done["job_id"] in done["shown"]
-    assert "held-out exact match" in done["shown"]
-    assert "topsecret" not in str(done)
-    assert told(cluster, "topsecret") == []
-    (there,) = Path(cluster.head.folder).glob(f"session_2*/runtime_resources/working_dir_files/*/{GIVEN}")
-    assert json.loads(there.read_text()) == given
-    assert there.stat().st_mode & 0o777 == 0o600
-    # Command and workers keep rows where the job says, not where the node does.
-    (rows,) = [p.name for p in tmp_path.glob("runs/rows/*")]
-    assert Path(tmp_path, "cache/rows", rows).is_dir()
-    assert not Path(cluster.head.folder, "cache/rows", rows).exists()
-    (remote,) = results(tmp_path, "quickstart")
-    assert (remote["workers"], len(remote["losses"])) == (2, 4)
-    assert main([*words, "ray.backend=local", "ray.num_workers=1"]) == 0
-    local = results(tmp_path, "quickstart")[-1]
-    assert remote["losses"] == pytest.approx(local["losses"], abs=1e-4)
-    assert remote["modules"] == local["modules"]
-    listed = hyperlora("jobs", "--address", address)
-    assert re.search(rf"{done['job_id']}\s+SUCCEEDED", listed.stdout), listed
-    assert "topsecret" not in listed.stdout
-    summary = tmp_path / "logs.json"
-    shown = hyperlora("logs", done["job_id"], "--address", address, "--json", str(summary)).stdout
-    assert "held-out exact match" in shown
-    known = json.loads(summary.read_text())
-    assert (known["job_id"], known["status"]) == (done["job_id"], "SUCCEEDED")
-    assert "held-out exact match" in known["logs"]
 
 
 def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(address: str, tmp_path: Path) -> None:
@@ -149,18 +97,6 @@ def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(addre
     assert resumed["modules"] == whole["modules"]
 
 
-def test_a_job_whose_answer_is_lost_is_sent_once(cluster: Cluster, tmp_path: Path) -> None:
-    path = recipe_file(tmp_path, "answered", steps=2)
-    before = listed(cluster.url, tmp_path)
-    line = Line(cluster.head.dashboard, lose=b"POST /api/jobs/")
-    done = submit(line.url, tmp_path, "train", str(path))
-    assert line.lost == 1
-    assert (done["exit"], done["status"]) == (0, "SUCCEEDED"), done["shown"]
-    assert "the cluster did not take the job" in done["shown"]
-    assert listed(cluster.url, tmp_path) - before == {done["job_id"]}
-    assert len(results(tmp_path, "answered")) == 1
-
-
 def test_searches_are_jobs_that_share_the_cluster_and_the_rows(address: str, tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "searched", steps=20, checkpoint_every=20)
     ada = {"name": "ada", "label": "AdaLoRA", "set": {"method": "adalora"}}
@@ -190,11 +126,18 @@ def test_searches_are_jobs_that_share_the_cluster_and_the_rows(address: str, tmp
     assert len(list(tmp_path.glob("runs/rows/*"))) == 1, "tokenised and stored once"
 
 
-def test_a_failing_job_fails_the_command(address: str, tmp_path: Path) -> None:
+def test_a_job_whose_answer_is_lost_is_sent_once_and_its_failure_is_the_commands(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     path = recipe_file(tmp_path, "bad")
     changes = ["optimizer.lr=1e200", "optimizer.warmup=0", "optimizer.max_grad_norm=null", "method=adalora"]
-    done = submit(address, tmp_path, "train", str(path), *changes)
-    assert (done["exit"], done["status"]) == (1, "FAILED")
+    before = listed(cluster.url, tmp_path)
+    line = Line(cluster.head.dashboard, lose=b"POST /api/jobs/")
+    done = submit(line.url, tmp_path, "train", str(path), *changes)
+    assert line.lost == 1
+    assert "the cluster did not take the job" in done["shown"]
+    assert listed(cluster.url, tmp_path) - before == {done["job_id"]}
+    assert (done["exit"], done["status"]) == (1, "FAILED"), done["shown"]
     assert "lower optimizer.lr" in done["shown"]
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 from conftest import small_recipe
+from processes import FORKSERVER
 from test_resume import adapters_equal, kill_after_a_checkpoint, run
 
 from hyperlora import checkpoint
@@ -134,7 +135,7 @@ def _ask(rank: int, folder: str) -> None:
 
 
 def test_every_worker_has_what_the_first_one_read(tmp_path: Path) -> None:
-    mp.spawn(_ask, (str(tmp_path),), nprocs=2)
+    mp.start_processes(_ask, (str(tmp_path),), nprocs=2, start_method=FORKSERVER.get_start_method())
     for rank in (0, 1):
         answer = json.loads((tmp_path / f"{rank}.json").read_text())
         assert answer == {"from": 0, "t": [0.0, 0.0], "problem": "a.b: got 0; nothing"}

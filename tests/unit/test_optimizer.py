@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import RULES, VARIANTS, build_batch, build_llama, build_optimizer, train_steps
 from peft import LoraConfig, get_peft_model
+from processes import FORKSERVER
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hyperlora import METHODS, HyperAdaLoRA, Pruning
@@ -233,7 +234,7 @@ def worker(rank: int, folder: str, method: str) -> None:
 @pytest.mark.parametrize("method", ["hyperadalora", "adalora"])
 def test_two_processes_are_one_and_a_bad_step_of_one_is_skipped_by_both(method: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (folder, method), nprocs=2)
+        mp.start_processes(worker, (folder, method), nprocs=2, start_method=FORKSERVER.get_start_method())
         one, two = (torch.load(Path(folder) / f"{rank}.pt") for rank in range(2))
     for name, tensor in one["adapter"].items():
         assert torch.equal(tensor, two["adapter"][name]), name
