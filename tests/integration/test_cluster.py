@@ -118,7 +118,7 @@ def test_more_than_the_cluster_can_give_is_refused_when_it_is_submitted(cluster:
 TIMES = """
 import json, sys
 from hyperlora import jobs
-print(json.dumps([[job.start_time, job.end_time] for job in jobs.listed(jobs.connect(sys.argv[1]))]))
+print(json.dumps({j.submission_id: [j.start_time, j.end_time] for j in jobs.listed(jobs.connect(sys.argv[1]))}))
 """
 
 
@@ -141,7 +141,8 @@ def two_jobs(
     done = subprocess.run(
         [sys.executable, "-c", TIMES, cluster.url], env=os.environ | TOKEN, capture_output=True, text=True, check=True
     )
-    (start, end), (other_start, other_end) = json.loads(done.stdout.splitlines()[-1])
+    times = json.loads(done.stdout.splitlines()[-1])
+    (start, end), (other_start, other_end) = (times[job] for job in found)
     assert max(start, other_start) < min(end, other_end), "they were to run at once"
     return [dict(zip(("result", "adapter"), outcome(STORE, name), strict=True)) for name in ("one", "two")]
 
