@@ -444,7 +444,9 @@ class Trainer:
         stop, leaving = self.world.sum(wishes).tolist()
         if stop:
             self._stop_here()
-        if leaving and self._saved != self.step:
+        if leaving and self.step == 0:
+            self._told_of_leaving = True  # there is nothing to save before the first step
+        elif leaving and self._saved != self.step:
             self._save_before_leaving()
 
     def _save_before_leaving(self) -> None:

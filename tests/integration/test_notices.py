@@ -102,6 +102,14 @@ def test_a_notice_within_an_evaluation_makes_one_checkpoint_of_its_step(tmp_path
         assert checkpoint.load(outcome["checkpoint"]).trainer["step"] == 13
 
 
+def test_a_notice_before_the_first_step_makes_a_checkpoint_after_it(tmp_path: Path) -> None:
+    asked = iter(range(1, 100))
+    sink = Unhurried(tmp_path / "run", {1, 5, 10})
+    settings = recipe(tmp_path, eval_before=True, eval_batch_size=2)
+    train(settings, RunInfo(str(tmp_path / "run")), sink=sink, leaving=lambda: next(asked) == 2)
+    assert steps(tmp_path / "run") == [1, 5, 10, 12]
+
+
 def _stopped(rank: int, folder: str) -> None:
     """One of two workers with unequal numbers of rows; worker 0 is told to stop in the evaluation's second batch."""
     torch.set_num_threads(1)
