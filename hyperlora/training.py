@@ -440,8 +440,10 @@ class Trainer:
 
     def _look_up(self) -> None:
         """Within an evaluation: stop or save, all workers at once, if one of them is told to."""
-        wishes = torch.tensor([self._stop(), self._leaving()], dtype=torch.float64, device=self.world.device)
-        stop, leaving = self.world.sum(wishes).tolist()
+        stop, leaving = self._stop(), self._leaving()
+        if self.world.size > 1:
+            wishes = torch.tensor([stop, leaving], dtype=torch.float64, device=self.world.device)
+            stop, leaving = map(bool, self.world.sum(wishes).tolist())
         if stop:
             self._stop_here()
         if leaving and self.step == 0:
