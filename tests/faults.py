@@ -87,6 +87,8 @@ class Harness:
     expected_of_two: tuple[dict[str, bytes], list[float]] | None = None
     #: Times of the steps up to the newest checkpoint that was seen: a run that goes on from it ends with them.
     kept: list[float] = field(default_factory=list)
+    #: What happened to the run at hand, for whoever has to find out why it failed.
+    story: list[str] = field(default_factory=list)
 
     def start(self, *more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -263,6 +265,7 @@ class Harness:
         waiting = list(kinds)
         while True:
             newest = self._newest()
+            self.story.append(f"started with {self._checkpoints()}")
             process = self.start(*options, *resume)
             again = contested = False
             while waiting and not again:
@@ -274,14 +277,18 @@ class Harness:
                 self._look()
                 step, damaged = self._newest(), self.damaged
                 happened = self.inject(kind, process)
+                self.story.append(f"{kind}: {happened}, {self._checkpoints()}, damaged {self.damaged}")
                 again = bool(happened)
                 contested |= kind == "second"
-                if kind in ("truncated", "flipped") and self.damaged == damaged:
+                if self.damaged != damaged:
+                    newest = self._newest()  # what we have damaged is not missed
+                elif kind in ("truncated", "flipped"):
                     kind = "kill"  # there was nothing to damage, or nobody to read it
                 if happened is not None:
                     self.log.append({"kind": kind, "committed_before": step, "restart": again})
             if not again:
                 message = process.communicate(timeout=600)[1]
+                self.story.append(f"status {process.returncode}: {message}")
                 # Killed between its last file and its end, a run has lost nothing.
                 if process.returncode == 0 or "this run is finished" in " ".join(message.split()):
                     break
@@ -289,7 +296,7 @@ class Harness:
                 allowed = (*AWAY, *(REFUSALS if contested else ()))
                 assert any(reason in told for reason in allowed), message
             resume = ("--resume",) if self.folder() is not None else ()
-            self._check_refusal(newest)
+            self._check_nothing_is_gone(newest)
         self.proxy.faults()
         adapter, losses = self.outcome()
         assert losses == expected_losses, "the same losses"
@@ -361,8 +368,13 @@ class Harness:
     def _newest(self) -> int:
         return max(map(checkpoint.step_of, self._good()), default=0)
 
-    def _check_refusal(self, before: int) -> None:
-        assert self._newest() >= before, "a committed checkpoint is gone"
+    def _checkpoints(self) -> list[str]:
+        folder = self.folder()
+        return [] if folder is None else [uri.rsplit("/", 1)[1] for uri in checkpoint.committed(folder)]
+
+    def _check_nothing_is_gone(self, before: int) -> None:
+        now = self._newest()
+        assert now >= before, f"step {before} was committed, the newest checkpoint is of step {now}"
 
     def _check_warning(self) -> None:
         """A damaged file was refused by its name."""
@@ -426,7 +438,12 @@ def harness(
                 continue
             with_ray = draw.random() < ray_share
             chosen = [next_kind(with_ray) for _ in range(min(left, draw.randint(1, PER_RUN)))]
-            state.run(chosen, *(("ray.backend=ray", "ray.num_workers=2") if with_ray else ()))
+            state.story = [f"with {'Ray' if with_ray else 'no Ray'}: {' '.join(chosen)}"]
+            try:
+                state.run(chosen, *(("ray.backend=ray", "ray.num_workers=2") if with_ray else ()))
+            except AssertionError as error:
+                error.add_note("\n".join(state.story))
+                raise
             print(f"{len(state.log)}/{injections} faults in {runs} runs: {' '.join(chosen)}", flush=True)
     counts = Counter(entry["kind"] for entry in state.log)
     found = {"seed": seed, "store": store, "ray_share": ray_share, "injections": len(state.log), "runs": runs}
