@@ -1,23 +1,28 @@
 # make quickstart   train a real adapter on two Ray workers
 # make test         lint, types, and the whole test suite
+# make coverage     the test suite, and which lines it reaches within its own processes; takes longer
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# One thread for each process: the models of the tests are too small for more, and workers share the cores.
+# Two files at a time: much of the time of the tests is spent waiting for processes to start and to end. A test takes
+# five minutes at most on two slow cores; one that hangs fails, with the stacks of its threads, and the others go on.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 900
 
-.PHONY: quickstart test setup clean
+.PHONY: quickstart test coverage setup clean
 
 quickstart: setup
 	$(BIN)/hyperlora train quickstart
 
-# One thread for each process: the models of the tests are too small for more, and workers share the cores.
-# Two files at a time: much of the time of the tests is spent waiting for processes to start and to end. A test takes
-# five minutes at most on two slow cores; one that hangs fails, with the stacks of its threads, and the others go on.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 900 --cov --cov-report=term
+	$(PYTEST)
+
+coverage: setup
+	$(PYTEST) --cov --cov-report=term
 
 setup: $(VENV)/.ready
 

@@ -50,18 +50,20 @@ def number(owner: str) -> int:
     return int(match[1])
 
 
-def check(run_uri: str, owner: str, patience: float = PATIENCE) -> None:
+def check(run_uri: str, owner: str | None, patience: float = PATIENCE) -> None:
     """Find out whether a claim is still the highest.
 
     Args:
         run_uri: the run's folder.
-        owner: the claim.
+        owner: the claim; None where no two ever write, which always holds.
         patience: seconds that listing the claims is tried again.
 
     Raises:
         ReplacedError: it is not.
         StorageError: the claims cannot be listed.
     """
+    if owner is None:
+        return
     higher = [name for name in _claims(run_uri, patience) if number(name) > number(owner)]
     if not higher:
         return

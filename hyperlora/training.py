@@ -632,18 +632,14 @@ class Trainer:
         try:
             uri = self._already_committed() or self._commit(snapshot)
             outcome = self.outcome(uri, adapter_uri, seconds) | {"adapter_parameters_final": adapter.parameters}
-            self._still_owner(patience)
+            ownership.check(self.run.uri, self.run.owner, patience)
             outcome["adapter_files"] = write_adapter(adapter_uri, adapter, self.recipe, outcome, patience)
-            self._still_owner(patience)  # the store may have been away for minutes
+            ownership.check(self.run.uri, self.run.owner, patience)  # the store may have been away for minutes
             result = storage.sealed(outcome)
             patiently(storage.write, f"{self.run.uri}/result.json", result, patience=patience)
         except OSError as error:
             raise NotStoredError(self._keep_here(snapshot, adapter, seconds, error)) from error
         return outcome
-
-    def _still_owner(self, patience: float) -> None:
-        if self.run.owner is not None:
-            ownership.check(self.run.uri, self.run.owner, patience)
 
     def _keep_here(self, snapshot: Snapshot, adapter: PlainAdapter, seconds: float, error: OSError) -> str:
         """Write what the store did not take into a folder of this machine; returns what to tell the user."""
@@ -905,8 +901,7 @@ def _resume(trainer: Trainer) -> None:
 
     def newest() -> tuple[str | None, list[RefusedError]]:
         nonlocal saved
-        if run.owner is not None:
-            ownership.check(run.uri, run.owner)
+        ownership.check(run.uri, run.owner)
         saved, refused = checkpoint.load_latest(run.uri)
         if saved is None and refused:
             reasons = "; ".join(map(str, refused))

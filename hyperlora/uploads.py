@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hyperlora import checkpoint, ownership
 from hyperlora.ownership import RENEWAL, ReplacedError
-from hyperlora.storage import PATIENCE, StorageError
+from hyperlora.storage import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -147,11 +147,7 @@ class Uploader:
     def _check(self) -> None:
         """Between uploads: find out whether the run is still ours."""
         with suppress(StorageError):  # asked again in a few seconds, and before each commit
-            self._still_owner()
-
-    def _still_owner(self, patience: float = PATIENCE) -> None:
-        if self._owner is not None:
-            ownership.check(self._uri, self._owner, patience)
+            ownership.check(self._uri, self._owner)
 
     def _upload(self, snapshot: Snapshot) -> None:
         started = time.monotonic()
@@ -161,7 +157,7 @@ class Uploader:
         def before_commit() -> None:
             # The run that goes on from this checkpoint reports none of these steps again.
             snapshot.reported()
-            self._still_owner(snapshot.patience)
+            ownership.check(self._uri, self._owner, snapshot.patience)
 
         try:
             uri = checkpoint.write(
@@ -188,7 +184,7 @@ class Uploader:
     def _prune(self) -> None:
         try:
             # The commit may have taken so long that somebody else has the run by now, and is writing into it.
-            self._still_owner()
+            ownership.check(self._uri, self._owner)
             number = None if self._owner is None else ownership.number(self._owner)
             checkpoint.prune(self._uri, self._keep, self.refused, number)
         except StorageError as error:

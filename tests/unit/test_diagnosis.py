@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hyperlora import collective, diagnosis
+from hyperlora import collective, diagnosis, storage, uris
 
 
 @pytest.mark.parametrize(("free", "state"), [(diagnosis.SMALL_DISK - 1, "warn"), (diagnosis.SMALL_DISK, "ok")])
@@ -37,6 +37,28 @@ def test_a_disk_is_measured(tmp_path: Path) -> None:
     stat = os.statvfs(tmp_path)
     free = float(diagnosis.disk(str(tmp_path)).found.split()[0])
     assert free == pytest.approx(stat.f_bavail * stat.f_frsize / 2**30, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("uri", "named"),
+    [
+        ("s3://bucket/runs", "AWS_ENDPOINT_URL"),
+        ("gs://bucket/runs", "GOOGLE_APPLICATION_CREDENTIALS"),
+        ("abfss://container/runs", "AZURE_STORAGE_CONNECTION_STRING"),
+        ("gs/runs", "check the path"),
+    ],
+)
+def test_a_store_that_fails_has_advice_of_its_own(uri: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise storage.StorageError(uri, "it does not answer", transient=True)
+
+    monkeypatch.setattr(storage, "write", fail)
+    monkeypatch.setattr(storage, "remove", fail)
+    monkeypatch.setattr(uris, "problem", lambda *_, **__: None)  # whatever packages this machine has
+    (check,) = diagnosis.store(uri)
+    assert check.state == "fail"
+    assert "it does not answer" in check.found
+    assert named in check.advice
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> list[Any]:
