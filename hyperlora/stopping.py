@@ -18,25 +18,46 @@ class TerminatedError(KeyboardInterrupt):
 def terminable() -> Iterator[None]:
     """Within the block SIGTERM raises :class:`TerminatedError`, in the main thread.
 
+    It is raised in whatever is at work, which may make another error of it, as of Ctrl-C: making a class does, and
+    importing a C extension. The block makes the interruption of that again.
+
     Ray takes SIGTERM for itself when it starts, to exit with the signal's number: around its start the block makes the
     same error of that, and gives the signal back.
     """
     mine = threading.current_thread() is threading.main_thread()
+    told = False
+
+    def take(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
+        raise TerminatedError
+
     if mine:
-        before = signal.signal(signal.SIGTERM, _raise)
+        before = signal.signal(signal.SIGTERM, take)
     try:
         yield
     except SystemExit as error:
         if error.code != signal.SIGTERM:
             raise
         raise TerminatedError from error
+    except (OSError, NonFiniteError, StoppedError, NotStoredError):
+        raise  # says what became of the run, or of its report
+    except Exception as error:
+        if told:
+            raise TerminatedError from error
+        if _interrupted(error):
+            raise KeyboardInterrupt from error
+        raise
     finally:
         if mine:
             signal.signal(signal.SIGTERM, before)
 
 
-def _raise(number: int, frame: FrameType | None) -> None:
-    raise TerminatedError
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an error was made of Ctrl-C."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class Notice:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 
 import pytest
 
-from hyperlora.stopping import Notice, TerminatedError
+from hyperlora.stopping import Notice, NotStoredError, TerminatedError, terminable
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +53,44 @@ def test_elsewhere_ctrl_c_is_what_it_always_is() -> None:
     with Notice() as notice, pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     assert not notice.given()
+
+
+class Signals:
+    """Sends a signal while a class is made that has it; Python makes another error of what comes out of that."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        signal.raise_signal(self._number)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGTERM, TerminatedError), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_while_a_class_is_made_is_an_interruption(number: int, expected: type[BaseException]) -> None:
+    with pytest.raises(KeyboardInterrupt) as error, terminable():
+        type("Made", (), {"field": Signals(number)})
+    assert type(error.value) is expected
+
+
+def end_with(error: Exception) -> None:
+    """Make this of SIGTERM."""
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    raise error
+
+
+def test_sigterm_that_an_import_makes_an_error_of_its_own_of_is_an_interruption() -> None:
+    with pytest.raises(TerminatedError), terminable():
+        end_with(ImportError("a C extension failed to import"))
+
+
+def test_what_became_of_the_run_is_told_after_sigterm_too() -> None:
+    with pytest.raises(NotStoredError), terminable():
+        end_with(NotStoredError("a local copy is kept"))
+
+
+def test_errors_without_a_signal_are_what_they_are() -> None:
+    with pytest.raises(ValueError, match="mine"), terminable():
+        raise ValueError("mine")
