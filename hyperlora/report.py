@@ -371,7 +371,7 @@ def _search(contestants: Sequence[Contestant], looks: Mapping[str, Any], result:
 
     listed = "; ".join(f"{c['label']} {c['best_lr']:g}" for c in shown if c["best_lr"] is not None)
     alt = f"Final training loss against the learning rate, of every contestant. Best rates: {listed}"
-    caption = f"Selected by {result['selection']}. A diamond marks the best rate; rates that failed have no point."
+    caption = f"{result['selection']} A diamond marks the best rate; rates that failed have no point."
     return f'<div class="one">{figure("search", alt, 4.6, 3.4, draw)}</div><p class="quiet">{escape(caption)}</p>'
 
 
@@ -477,8 +477,8 @@ def _provenance(result: Mapping[str, Any]) -> str:
     return section(
         "Provenance",
         f"<pre>{escape(result['command'])}</pre>"
-        f'<p class="quiet">Learning rates tried first: {rates}. Seeds: {seeds}. Selected by '
-        f"{escape(result['selection'])}.</p>"
+        f'<p class="quiet">Learning rates tried first: {rates}. Seeds: {seeds}. '
+        f"{escape(result['selection'])}</p>"
         f"<details open><summary>Versions, git state, machine</summary>{pretty(result['provenance'])}</details>"
         f"<details><summary>What each contestant sets</summary>{pretty(settings)}</details>"
         f"<details><summary>Recipe that all share</summary>{pretty(result['recipe'])}</details>",

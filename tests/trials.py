@@ -75,7 +75,7 @@ def plan(*contestants: str, seeds: Sequence[int] = (1, 2, 3, 4, 5), steps: int =
         "seeds": list(seeds),
         "recipe": {"name": "made-up", "optimizer": {"lr": 1e-3}},
         "contestants": [{"name": n, "label": n.upper(), "set": {"method": n}} for n in contestants],
-        "selection": "training loss, mean over the last tenth of the steps",
+        "selection": "The rate with the lowest training loss, mean over the last tenth of the steps.",
         "provenance": {
             "versions": {"torch": "2.13.0"},
             "git": {"commit": "0123abc", "dirty": False},

@@ -69,6 +69,7 @@ def test_page_has_every_contestant_the_verdict_first_and_what_failed() -> None:
     assert page.text("p").lstrip().find(result["verdict"]) < page.text("p").find("same-lr0.002-seed5 (NonFiniteError")
     assert result["verdict"] in page.text("p")
     assert "same-lr0.002-seed5 (NonFiniteError: loss is not finite at step 17)" in page.text("p")
+    assert f"Seeds: 1, 2, 3, 4, 5. {result['selection']}" in page.text("p"), "a sentence of its own"
     assert result["command"] in page.text("pre")
     assert "0123abc" in page.text("pre")
 
