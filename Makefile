@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # One thread for each process: the models of the tests are too small for more, and workers share the cores.
 # Two files at a time: much of the time of the tests is spent waiting for processes to start and to end. A test takes
-# five minutes at most on two slow cores; one that hangs fails, with the stacks of its threads, and the others go on.
+# seven minutes at most on two slow cores; one that hangs fails, with the stacks of its threads, and the others go on.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 900
 
 .PHONY: quickstart test coverage setup clean
