@@ -43,21 +43,20 @@ def terminable() -> Iterator[None]:
     except (OSError, NonFiniteError, StoppedError, NotStoredError):
         raise  # says what became of the run, or of its report
     except Exception as error:
-        if told:
-            raise TerminatedError from error
-        if _interrupted(error):
-            raise KeyboardInterrupt from error
-        raise
+        interruption = TerminatedError if told else _interruption(error)
+        if interruption is None:
+            raise
+        raise interruption from error
     finally:
         if mine:
             signal.signal(signal.SIGTERM, before)
 
 
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether an error was made of Ctrl-C."""
+def _interruption(error: BaseException | None) -> type[KeyboardInterrupt] | None:
+    """What an error was made of, if that was an interruption."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
-    return error is not None
+    return None if error is None else type(error)
 
 
 class Notice:

@@ -86,6 +86,20 @@ def test_sigterm_that_an_import_makes_an_error_of_its_own_of_is_an_interruption(
         end_with(ImportError("a C extension failed to import"))
 
 
+def fail_after_interruption() -> None:
+    with Notice() as notice:
+        signal.raise_signal(signal.SIGTERM)
+        try:
+            notice.check()
+        finally:
+            raise RuntimeError("what cleans up fails")
+
+
+def test_what_was_made_of_sigterm_elsewhere_is_no_ctrl_c() -> None:
+    with pytest.raises(TerminatedError), terminable():
+        fail_after_interruption()
+
+
 def test_what_became_of_the_run_is_told_after_sigterm_too() -> None:
     with pytest.raises(NotStoredError), terminable():
         end_with(NotStoredError("a local copy is kept"))
