@@ -20,11 +20,12 @@ from hyperlora.config import MLflowConfig, first_line
 SMALL_DISK = 10 * 2**30
 #: Seconds by which clocks may differ: S3 refuses requests at 15 minutes, tokens and locks suffer earlier.
 SKEW = 30.0
-_AWS = "check the URI, the endpoint (AWS_ENDPOINT_URL) and AWS's credentials in the environment"
-_GOOGLE = "check the URI and the credentials (GOOGLE_APPLICATION_CREDENTIALS, or the machine's identity)"
-_AZURE = "check the URI and the credentials (AZURE_STORAGE_CONNECTION_STRING, or the account's name and key)"
-#: What to do when a store fails, by protocol.
-_STORE_ADVICE = {"s3": _AWS, "s3a": _AWS, "gs": _GOOGLE, "gcs": _GOOGLE, "az": _AZURE, "abfs": _AZURE, "abfss": _AZURE}
+#: What to do when a store fails, by how its URIs start.
+_STORE_ADVICE = {
+    storage.S3: "check the URI, the endpoint (AWS_ENDPOINT_URL) and AWS's credentials in the environment",
+    storage.GCS: "check the URI and the credentials (GOOGLE_APPLICATION_CREDENTIALS, or the machine's identity)",
+    storage.AZURE: "check the URI and the credentials (AZURE_STORAGE_CONNECTION_STRING, or the account's name and key)",
+}
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ def store(uri: str) -> Iterator[Check]:
         else:
             yield Check("conditional write", "ok", "a file that is there is not overwritten")
     except OSError as error:
-        advice = _STORE_ADVICE.get(uri.partition("://")[0], "check the path, and that this user may write there")
-        yield Check("storage", "fail", str(error), advice)
+        known = (told for start, told in _STORE_ADVICE.items() if uri.startswith(start))
+        yield Check("storage", "fail", str(error), next(known, "check the path, and that this user may write there"))
     finally:
         with contextlib.suppress(OSError):
             storage.remove(probe)
