@@ -265,7 +265,7 @@ class Harness:
         waiting = list(kinds)
         while True:
             newest = self._newest()
-            self.story.append(f"started with {self._checkpoints()}")
+            self.story.append(f"started with {self._committed()}")
             process = self.start(*options, *resume)
             again = contested = False
             while waiting and not again:
@@ -277,7 +277,7 @@ class Harness:
                 self._look()
                 step, damaged = self._newest(), self.damaged
                 happened = self.inject(kind, process)
-                self.story.append(f"{kind}: {happened}, {self._checkpoints()}, damaged {self.damaged}")
+                self.story.append(f"{kind}: {happened}, {self._committed()}, damaged {self.damaged}")
                 again = bool(happened)
                 contested |= kind == "second"
                 if self.damaged != damaged:
@@ -357,9 +357,8 @@ class Harness:
 
     def _good(self) -> list[str]:
         """URIs of the committed checkpoints that verify, oldest first."""
-        folder = self.folder()
         found = []
-        for uri in checkpoint.committed(folder) if folder is not None else []:
+        for uri in self._committed():
             with suppress(checkpoint.RefusedError):  # damaged by us, or just deleted by the run
                 checkpoint.load(uri)
                 found.append(uri)
@@ -368,9 +367,9 @@ class Harness:
     def _newest(self) -> int:
         return max(map(checkpoint.step_of, self._good()), default=0)
 
-    def _checkpoints(self) -> list[str]:
+    def _committed(self) -> list[str]:
         folder = self.folder()
-        return [] if folder is None else [uri.rsplit("/", 1)[1] for uri in checkpoint.committed(folder)]
+        return [] if folder is None else checkpoint.committed(folder)
 
     def _check_nothing_is_gone(self, before: int) -> None:
         now = self._newest()
