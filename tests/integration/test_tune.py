@@ -202,6 +202,22 @@ def test_trials_of_several_workers_are_stopped_early_and_leave_their_places(tmp_
     assert max(at_once) == 2, "they were to run two at a time"
 
 
+def test_a_killed_trial_of_several_workers_goes_on(tmp_path: Path) -> None:
+    command, out = [*prepare(tmp_path, steps=60), "ray.cpus_per_worker=0.5", "--trials", "1"], tmp_path / "out"
+    command += ["--workers", "2", "--stop-on", "none"]
+    process = start(command)
+    try:
+        wait_for(process, lambda: interrupted(out))
+    finally:
+        kill(process)
+    ((name, seconds),) = interrupted(out).items()
+    assert tune(command, tmp_path)["counts"]["finished"] == 1
+    outcome = json.loads((out / f"trials/{name}/result.json").read_text())
+    assert outcome["workers"] == 2
+    assert 0 < len(seconds) < len(outcome["step_seconds"]) == 60
+    assert outcome["step_seconds"][: len(seconds)] == seconds, "it goes on from its checkpoint"
+
+
 def test_all_problems_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     options = ["--trials", "0", "--sampler", "luck", "--objectives", "rank", "--stop-on", "x", "--workers", "3"]
     assert main([*prepare(tmp_path), *options]) == 2
