@@ -11,6 +11,7 @@ import re
 import shlex
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import compose_spec
@@ -75,16 +76,33 @@ def test_the_compose_file_follows_the_specification() -> None:
 @pytest.mark.parametrize("name", KUBERAY)
 def test_kuberay_takes_its_manifests(name: str) -> None:
     jsonschema.validate(KUBERAY[name], SCHEMA)
-    wrong = copy.deepcopy(KUBERAY[name])
-    where = wrong["spec"] if name == "raycluster" else wrong["spec"]["rayClusterSpec"]
-    where["workerGroupSpecs"][0]["rayStartParams"]["num-gpus"] = 1  # a number where the operator wants text
-    with pytest.raises(jsonschema.ValidationError, match="1 is not of type 'string'"):
-        jsonschema.validate(wrong, SCHEMA)
-    wrong = copy.deepcopy(KUBERAY[name])
-    where = wrong["spec"] if name == "raycluster" else wrong["spec"]["rayClusterSpec"]
-    where["authOptions"] = {"mode": "Token"}
-    with pytest.raises(jsonschema.ValidationError, match="'Token' is not one of"):
-        jsonschema.validate(wrong, SCHEMA)
+    whole = cluster_spec(name)
+    for part, key, value, told in [
+        (whole["workerGroupSpecs"][0]["rayStartParams"], "num-gpus", 1, "1 is not of type 'string'"),
+        (whole["workerGroupSpecs"][0], "maxReplicas", None, "None is not of type 'integer'"),
+        (whole["headGroupSpec"]["template"], "metadata", {"label": {}}, "'label' was unexpected"),
+        (whole, "authOptions", {"mode": "Token"}, "'Token' is not one of"),
+        (whole, "gcsFaultToleranceOptions", {}, "'redisAddress' is a required property"),
+        (whole, "autoscalerOption", {}, "'autoscalerOption' was unexpected"),
+    ]:
+        with mock.patch.dict(part, {key: value}), pytest.raises(jsonschema.ValidationError, match=told):
+            jsonschema.validate(KUBERAY[name], SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("activeDeadlineSeconds", 2**31),
+        ("deletionStrategy", {"onSuccess": {"policy": "DeleteCluster"}}),
+        ("deletionStrategy", {"onSuccess": {"policy": "DeleteAll"}, "onFailure": {"policy": "DeleteNone"}}),
+        ("submissionMode", "K8SJobMode"),
+        ("entrypointNumCpus", "1"),
+    ],
+)
+def test_kuberay_refuses_what_a_job_cannot_have(key: str, value: Any) -> None:
+    job = KUBERAY["rayjob"]
+    with mock.patch.dict(job["spec"], {key: value}), pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(job, SCHEMA)
 
 
 def test_the_schema_is_of_the_oldest_operator_that_is_allowed() -> None:
