@@ -22,9 +22,9 @@ SMALL_DISK = 10 * 2**30
 SKEW = 30.0
 #: What to do when a store fails, by how its URIs start.
 _STORE_ADVICE = {
-    storage.S3: "check the URI, the endpoint (AWS_ENDPOINT_URL) and AWS's credentials in the environment",
-    storage.GCS: "check the URI and the credentials (GOOGLE_APPLICATION_CREDENTIALS, or the machine's identity)",
-    storage.AZURE: "check the URI and the credentials (AZURE_STORAGE_CONNECTION_STRING, or the account's name and key)",
+    uris.S3: "check the URI, the endpoint (AWS_ENDPOINT_URL) and AWS's credentials in the environment",
+    uris.GCS: "check the URI and the credentials (GOOGLE_APPLICATION_CREDENTIALS, or the machine's identity)",
+    uris.AZURE: "check the URI and the credentials (AZURE_STORAGE_CONNECTION_STRING, or the account's name and key)",
 }
 
 

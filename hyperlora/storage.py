@@ -25,11 +25,12 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec import AbstractFileSystem
 
+from hyperlora.uris import AZURE, GCS, S3
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-S3, GCS, AZURE = ("s3://", "s3a://"), ("gs://", "gcs://"), ("az://", "abfs://", "abfss://")
 # Seconds until a connection is given up, and an answer.
 CONNECT, ANSWER = 10, 60
 # Every retry is ours, so that the pauses add up to what a caller asked for.

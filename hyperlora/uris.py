@@ -20,16 +20,10 @@ LONGEST_NAME = 255
 #: Schemes whose account, without a password, is a name.
 _NAMED = ("az", "abfs", "postgresql", "mysql", "mssql")
 WITHOUT_CREDENTIALS = "allowed: a URI without credentials; they come from the environment (docs/security.md)"
-#: Protocol of a store to the package that speaks it and what installs that.
-_STORES = {
-    "s3": ("s3fs", "hyperadalora"),
-    "s3a": ("s3fs", "hyperadalora"),
-    "gs": ("gcsfs", "hyperadalora[gs]"),
-    "gcs": ("gcsfs", "hyperadalora[gs]"),
-    "az": ("adlfs", "hyperadalora[az]"),
-    "abfs": ("adlfs", "hyperadalora[az]"),
-    "abfss": ("adlfs", "hyperadalora[az]"),
-}
+#: How URIs of the kinds of stores begin.
+S3, GCS, AZURE = ("s3://", "s3a://"), ("gs://", "gcs://"), ("az://", "abfs://", "abfss://")
+#: Kind of store to the package that speaks its protocol and what installs that.
+_STORES = {S3: ("s3fs", "hyperadalora"), GCS: ("gcsfs", "hyperadalora[gs]"), AZURE: ("adlfs", "hyperadalora[az]")}
 
 
 def redacted(uri: str) -> str:
@@ -98,10 +92,11 @@ def problem(uri: str, written: bool = False) -> str | None:
     if "://" not in uri:
         return None
     protocol = uri.partition("://")[0]
-    if protocol not in known_implementations or (written and protocol not in {*_STORES, "file", "local"}):
+    store = next((kind for kind in _STORES if uri.startswith(kind)), None)
+    if protocol not in known_implementations or (written and store is None and protocol not in ("file", "local")):
         return "allowed: a path, or a URI that starts with s3://, gs:// or az://"
-    if protocol in _STORES:
-        package, extra = _STORES[protocol]
+    if store is not None:
+        package, extra = _STORES[store]
         if importlib.util.find_spec(package) is None:
             return f"{protocol}:// needs the package {package}: pip install '{extra}'"
         if not urlsplit(uri).netloc:
