@@ -127,14 +127,10 @@ def test_the_ablations_networks_are_of_one_size() -> None:
         optimizer = build_optimizer(recipe, model, 120, World(device=torch.device("meta")))
         return sum(p.numel() for p in optimizer.source.networks.parameters())  # type: ignore[union-attr]
 
-    counts = {name: count(name) for name in ("hyperadalora", "mlp", "cnn", "per-layer", "generate")}
-    assert counts == {
-        "hyperadalora": 421_794,
-        "mlp": 421_798,
-        "cnn": 421_432,
-        "per-layer": 424_464,
-        "generate": 421_794,
-    }
+    attention = dict.fromkeys(["hyperadalora", "generate", "residual", "friction", "anchored", "reanchored"], 421_794)
+    kinds = {"mlp": 421_798, "cnn": 421_432, "per-layer": 424_464}
+    expected = attention | kinds | {f"anchored-{name}": count for name, count in kinds.items()}
+    assert {name: count(name) for name in expected} == expected
 
 
 def test_relative_paths_of_a_contestant_hold_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
