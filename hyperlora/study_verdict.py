@@ -10,6 +10,7 @@ from hyperlora.verdict import beyond, change, difference, number, one_row, words
 
 #: Claims are made at this level, shared among all of a kind (Bonferroni).
 LEVEL = 0.05
+LR = "optimizer.lr"
 
 
 def matters(effect: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
@@ -111,7 +112,16 @@ def _dynamic(result: Mapping[str, Any]) -> str:
         f"final adapter is {number(1 / found['size_ratio'])} times as large, the setting that the other seeds chose "
         f"differs by {difference(gap, result['share'])}, and the average point by "
         f"{difference(found['typical'], result['share'])}; a step takes "
-        f"{change(found['time_ratio'], 'less', 'as much')} time."
+        f"{change(found['time_ratio'], 'less', 'as much')} time.{_rates(result)}"
+    )
+
+
+def _rates(result: Mapping[str, Any]) -> str:
+    """What makes the comparison with LoRA one of unequals."""
+    if any(p["key"] == LR for p in result["parameters"]):
+        return ""
+    return (
+        f" The points keep the recipe's learning rate, {result['recipe']['optimizer']['lr']:g}; only LoRA's was chosen."
     )
 
 

@@ -46,7 +46,7 @@ def plan(**changes: Any) -> dict[str, Any]:
         "parameters": KNOBS,
         "points": GRID,
         "reference": {"label": "uniform LoRA of rank 4", "rank": 4},
-        "recipe": {"name": "made-up", "gamma": None},
+        "recipe": {"name": "made-up", "gamma": None, "optimizer": {"lr": 3e-3}},
         "provenance": {"git": {}},
     }
     return base | changes
@@ -225,7 +225,15 @@ def test_the_verdict_names_the_knob_and_the_setting() -> None:
     assert "Recommended: ΔT 2, k " in text
     assert "score smoothed, with accuracy 82.0" in text or "score smoothed, with accuracy 82.1" in text
     assert "Dynamic rank pays on this task: against uniform LoRA of rank 4 (learning rate 0.002" in text
+    assert "The points keep the recipe's learning rate, 0.003; only LoRA's was chosen." in text
     assert "One of the 200 held-out rows is 0.50 points" in text
+
+
+def test_where_the_learning_rate_is_searched_the_verdict_names_none() -> None:
+    rate = {"key": "optimizer.lr", "label": "learning rate", "levels": [1e-3, 2e-3]}
+    text = study(planted, parameters=[*KNOBS, rate])["verdict"]
+    assert "Dynamic rank pays on this task" in text
+    assert "recipe's learning rate" not in text
 
 
 def test_whether_dynamic_rank_pays() -> None:
