@@ -202,6 +202,8 @@ def _pareto(result: Result) -> str:
                     e["name"], (e["parameters"], scale * e["metric"]), (4, 4), textcoords="offset points", fontsize=9
                 )
         axes.set_xlabel("numbers in the final adapter")
+        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(lambda numbers, _: f"{numbers:,.0f}")
         axes.set_ylabel(label)
 
     listed = "; ".join(f"{e['name']}: {level(e['metric'], result)}" for e in result["pareto"] if e["front"])
