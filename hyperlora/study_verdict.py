@@ -10,7 +10,6 @@ from hyperlora.verdict import beyond, change, difference, number, one_row, words
 
 #: Claims are made at this level, shared among all of a kind (Bonferroni).
 LEVEL = 0.05
-LR = "optimizer.lr"
 
 
 def matters(effect: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
@@ -118,7 +117,7 @@ def _dynamic(result: Mapping[str, Any]) -> str:
 
 def _rates(result: Mapping[str, Any]) -> str:
     """What makes the comparison with LoRA one of unequals."""
-    if any(p["key"] == LR for p in result["parameters"]):
+    if any(p["key"] == "optimizer.lr" for p in result["parameters"]):
         return ""
     return (
         f" The points keep the recipe's learning rate, {result['recipe']['optimizer']['lr']:g}; only LoRA's was chosen."
