@@ -54,7 +54,9 @@ def growth() -> Growth | None:
         try:
             resource = KubernetesHttpApiClient(namespace).get(f"rayclusters/{cluster}")
         except (requests.RequestException, OSError) as error:
-            # Only the head of a cluster with an autoscaler has an account that may read it.
+            answer = error.response if isinstance(error, requests.RequestException) else None
+            if answer is not None and answer.status_code == requests.codes.forbidden:
+                return Growth([])  # an autoscaler would read it beside the head, with the same account
             logger.warning("the RayCluster %s cannot be read: %s", cluster, first_line(error))
             return None
         return configured(_derive_autoscaling_config_from_ray_cr(resource))

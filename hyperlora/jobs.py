@@ -205,7 +205,14 @@ def _left_out(root: Path) -> Callable[[str, list[str]], set[str]]:
 
 
 def pinned() -> list[str]:
-    """The package's dependencies, and theirs, at the versions that are installed here; of its stores those that are."""
+    """The package's dependencies, and theirs, at the versions that are installed here; of its stores those that are.
+
+    Raises:
+        RecipeError: the package itself is not installed, so that nothing says what it needs.
+    """
+    if _installed("hyperadalora") is None:
+        allowed = "a package that is installed here, as its dependencies are read from that (pip install --no-deps .)"
+        raise RecipeError([Problem("--install", "hyperadalora", allowed)])
     found: dict[str, set[str]] = {}
     waiting = [("hyperadalora", {"", *STORES})]
     while waiting:

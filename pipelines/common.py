@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from hyperlora.storage import patiently
 
 T = TypeVar("T")
 
+#: What submitting adds to a job's words; the second to those of a run alone.
+THERE = ("ray.address=auto", "ray.backend=ray")
 #: Seeds, trials at a time: more is a typing error.
 MOST = 1000
 
@@ -103,11 +106,18 @@ def number(option: str, text: str, kind: type, allowed: str, problems: list[Prob
 
 def command_line(args: Namespace, *options: str) -> str:
     """The command as somebody would type it again, with the options that have a value."""
-    words = ["hyperlora", args.command, args.recipe, *args.overrides]
+    words = [args.command, args.recipe, *args.overrides]
     for option in options:
         if value := getattr(args, option.replace("-", "_")):
             words += [f"--{option}", value]
-    return shlex.join(words)
+    return shlex.join(["hyperlora", *typed(words)])
+
+
+def typed(words: Sequence[str]) -> list[str]:
+    """A command's words as they were typed, here or to submit them; of a file's path its job knows only the name."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # no Ray job
+        return list(words)
+    return ["submit", *(re.sub(r"^file\d+-", "", word) for word in words if word not in THERE)]
 
 
 def gathered(problems: list[Problem], read: Callable[[], T]) -> T | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -33,9 +34,9 @@ def main(args: Namespace, console: Console) -> int:
     for check in _inside(recipe, json.loads(args.expect)) if args.expect else _here(recipe, alone):
         found.append(check)
         _show(check, console)
-    good = all(c.state != "fail" for c in found)
     if not alone:
-        good = _on_cluster(args, console) and good
+        found += _on_cluster(args, console)
+    good = all(c.state != "fail" for c in found)
     write_json(args.json, {"good": good, "checks": [asdict(c) for c in found]})
     return 0 if good else 1
 
@@ -45,6 +46,12 @@ def _show(check: Check, console: Console) -> None:
     console.print(line, soft_wrap=True)
     if check.advice:
         console.print(Text(f"     {check.advice}"), soft_wrap=True)
+
+
+def shown(text: str) -> list[Check]:
+    """The checks that a job's output shows."""
+    lines = re.findall(r"^(ok  |warn|fail) (.+?): (.*)(?:\n     (.*))?$", text, re.MULTILINE)
+    return [Check(name, state.strip(), found, advice) for state, name, found, advice in lines]
 
 
 def _here(recipe: Recipe, alone: bool) -> Iterator[Check]:
@@ -78,7 +85,7 @@ def _inside(recipe: Recipe, expected: dict[str, str]) -> Iterator[Check]:
                 yield from diagnosis.compare(expected, told, asked, answered, node["Resources"].get("GPU", 0))
 
 
-def _on_cluster(args: Namespace, console: Console) -> bool:
+def _on_cluster(args: Namespace, console: Console) -> list[Check]:
     """The same on the cluster, as a job.
 
     Raises:
@@ -88,15 +95,21 @@ def _on_cluster(args: Namespace, console: Console) -> bool:
     if problems := [*unset(recipe.cluster.env), *unreachable(recipe)]:
         raise RecipeError(problems)
     client = jobs.connect(args.address)
-    _show(Check("Jobs API", "ok", f"{args.address} answers"), console)
-    for problem in capacity.problems(recipe.ray, jobs.nodes(args.address)):
-        _show(
-            Check("room", "warn", str(problem), "a run waits for it where an autoscaler adds nodes, else is refused"),
-            console,
-        )
+    advice = "a run waits for it where an autoscaler adds nodes, else is refused"
+    found = [
+        Check("Jobs API", "ok", f"{args.address} answers"),
+        *(Check("room", "warn", str(p), advice) for p in capacity.problems(recipe.ray, jobs.nodes(args.address))),
+    ]
+    for check in found:
+        _show(check, console)
     words, files = with_files(["doctor", args.recipe, *args.overrides, *changes], [args.recipe])
     env = [*args.env, *recipe.cluster.env]
     job = jobs.Job(words, files, env, more=["--expect", json.dumps(versions())])
     with jobs.answered(args.address):
         job_id, _ = send(client, job, console)
-    return follow(args.address, job_id, console) == JobStatus.SUCCEEDED
+    status = follow(args.address, job_id, console)
+    with jobs.answered(args.address):
+        told = shown(client.get_job_logs(job_id))
+    if status != JobStatus.SUCCEEDED and all(c.state != "fail" for c in told):
+        told.append(Check("job", "fail", f"{job_id} {status.value.lower()}", "look at what it has shown"))
+    return [*found, *told]

@@ -16,7 +16,7 @@ from rich.text import Text
 from hyperlora import capacity, jobs, tokens
 from hyperlora.config import Problem, RayConfig, Recipe, RecipeError
 from hyperlora.environment import ADDRESS
-from pipelines.common import gathered, is_file, load_recipe, shipped, write_json
+from pipelines.common import THERE, gathered, is_file, load_recipe, shipped, write_json
 
 #: Arguments of the jobs that may name a file, which then travels with the job.
 FILES = ("recipe", "space", "field")
@@ -78,7 +78,7 @@ def _job(args: Namespace, inner: Namespace) -> tuple[RayConfig, jobs.Job, str]:
     if problems or there is None or address is None:
         raise RecipeError(problems)
     words, files = with_files(args.words, [getattr(inner, name, None) for name in FILES])
-    there_only = ["ray.address=auto", *(["ray.backend=ray"] if inner.command == "train" else [])]
+    there_only = THERE if inner.command == "train" else THERE[:1]
     settings = recipe.ray if workers is None else recipe.ray.model_copy(update={"num_workers": workers})
     return settings, jobs.Job([*words, *changes], files, env, args.install, there_only), address
 
@@ -269,4 +269,5 @@ def stop(args: Namespace, console: Console) -> int:
     else:
         console.print(f"{args.job} is not running")
     write_json(args.json, {"job_id": args.job, "status": status.value})
-    return 0 if running and status == JobStatus.STOPPED else 1
+    # One that came to its end meanwhile is no failure to stop it.
+    return 0 if running and status in (JobStatus.STOPPED, JobStatus.SUCCEEDED) else 1

@@ -20,7 +20,7 @@ from hyperlora.preflight import Estimate, inspect
 from hyperlora.stopping import Notice, StoppedError
 from hyperlora.training import RunInfo, Tee, train
 from pipelines import screens
-from pipelines.common import load_recipe, tell, write_json
+from pipelines.common import load_recipe, tell, typed, write_json
 from pipelines.deliver import deliver
 from pipelines.progress import ProgressSink
 
@@ -143,11 +143,11 @@ def _next(recipe: Recipe, info: RunInfo, args: Namespace) -> list[str]:
         store = shlex.quote(recipe.mlflow.tracking_uri)
         local = recipe.mlflow.tracking_uri.startswith("sqlite:")
         commands.append(f"mlflow ui --backend-store-uri {store}" if local else f"open {recipe.mlflow.tracking_uri}")
-    same = shlex.join([args.recipe, *args.overrides])
+    same = shlex.join(typed(["train", args.recipe, *args.overrides]))
     h = recipe.hypernetwork
     warm = h.init_from is not None or h.freeze != "none"
     cold = " hypernetwork.init_from=null hypernetwork.freeze=none" if warm else ""
-    commands.append(f"hyperlora train {same} method=adalora{cold}")
+    commands.append(f"hyperlora {same} method=adalora{cold}")
     # The commands of an environment that is not activated are found only by their path.
     folder = Path(sys.executable).parent
     if folder.as_posix() not in os.environ.get("PATH", "").split(os.pathsep):

@@ -149,8 +149,11 @@ def two_jobs(
 
 def test_the_doctor_tries_every_node(cluster: Cluster, places: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path, "doctor", places)
-    done = hyperlora("doctor", str(path), "--address", cluster.url)
+    summary = tmp_path / "doctor.json"
+    done = hyperlora("doctor", str(path), "--address", cluster.url, "--json", str(summary))
     assert done.returncode == 0, done
+    names = [check["name"] for check in json.loads(summary.read_text())["checks"]]
+    assert sum(bool(re.fullmatch("node [^,]+, shared storage", name)) for name in names) == 3, names
     assert len(re.findall(r"ok\s+node [^,\n]+: the same versions as here", done.stdout)) == 3, done
     assert done.stdout.count("written and read in") == 5, "here, in the job, and on every node"
     assert done.stdout.count(": a run written in") == 5

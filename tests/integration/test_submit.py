@@ -90,6 +90,7 @@ def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(addre
     assert 1 <= step < 100
     again = submit(address, tmp_path, "train", str(path), "--resume")
     assert again["exit"] == 0, again["shown"]
+    assert "\n  hyperlora submit train long.yaml method=adalora\n" in again["shown"]
     (resumed,) = results(tmp_path, "long")
     assert main(["train", str(path), "ray.backend=local", "ray.num_workers=1"]) == 0
     whole = results(tmp_path, "long")[-1]

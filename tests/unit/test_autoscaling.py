@@ -48,13 +48,14 @@ def kubernetes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """An API server that has our RayCluster; the head's environment as KubeRay sets it."""
     manifest = yaml.safe_load((INFRA / "kuberay/raycluster.yaml").read_text())
     manifest["metadata"]["namespace"] = "default"
-    resources = {"rayclusters/hyperadalora": manifest}
+    resources = {"rayclusters/hyperadalora": manifest, "else": 404}
     monkeypatch.setenv("RAY_CLUSTER_NAME", "hyperadalora")
     monkeypatch.setenv("RAY_CLUSTER_NAMESPACE", "default")
 
     def get(client: KubernetesHttpApiClient, path: str) -> Any:
-        if path not in resources:
-            raise requests.HTTPError("403 Client Error: Forbidden")
+        answer = requests.Response()
+        answer.status_code = 200 if path in resources else resources["else"]
+        answer.raise_for_status()
         return copy.deepcopy(resources[path])
 
     monkeypatch.setattr(KubernetesHttpApiClient, "get", get)
@@ -84,9 +85,15 @@ def test_the_pod_knows_its_namespace_where_kuberay_does_not_tell_it(
     assert asked == ["default"]
 
 
-def test_a_cluster_whose_resource_may_not_be_read(kubernetes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("status", "found"),
+    [(403, Growth([])), (401, None), (404, None), (503, None)],
+)
+def test_a_cluster_whose_resource_cannot_be_read(kubernetes: dict[str, Any], status: int, found: Growth | None) -> None:
     kubernetes.clear()
-    assert autoscaling.growth() is None
+    kubernetes["else"] = status
+    assert autoscaling.growth() == found
+    assert autoscaling.read(autoscaling.write(found)) == found
 
 
 def test_our_cluster_of_ray_up(head: Path, monkeypatch: pytest.MonkeyPatch) -> None:

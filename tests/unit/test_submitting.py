@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,16 @@ import pytest
 from nodes import wait_until
 from ray.job_submission import JobStatus
 from ray.runtime_env import RuntimeEnv
+from rich.console import Console
 
 from hyperlora import jobs, tokens
 from hyperlora.capacity import Node
 from hyperlora.config import RecipeError
+from hyperlora.diagnosis import Check
 from hyperlora.environment import GIVEN
-from pipelines import submit
+from pipelines import doctor, submit
 from pipelines.cli import main, parse_arguments
-from pipelines.common import load_recipe, shipped
+from pipelines.common import command_line, load_recipe, shipped
 
 THERE = ["storage.uri=s3://bucket/runs", "mlflow.tracking_uri=http://mlflow:5000"]
 
@@ -305,6 +309,54 @@ def test_what_is_no_submitted_job_is_refused(command: list[str], capfd: pytest.C
             there.failing = 500
             assert main([*command, "--address", there.url]) == 1
             assert "the agent is gone" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("ends", "status"), [("STOPPED", 0), ("SUCCEEDED", 0), ("FAILED", 1)])
+def test_a_job_that_comes_to_its_end_while_it_is_stopped(ends: str, status: int) -> None:
+    with dashboard.running() as there:
+        there.status = ends
+        assert main(["stop", "job", "--address", there.url]) == status
+        assert there.stops == 1
+
+
+def test_a_job_tells_commands_as_they_were_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, space = tmp_path / "mine.yaml", tmp_path / "space.yaml"
+    shutil.copy(shipped()["quickstart"], recipe)
+    space.write_text("name: mine\nparameters:\n- {key: gamma, low: 0.1, high: 0.3, levels: 3}\n")
+    for command, added in (["train"], 2), (["tune", "--space", str(space), "--out", "s3://bucket/tuned"], 1):
+        words = [command[0], str(recipe), "seed=3", *THERE, *command[1:]]
+        _, job, _ = sent(*words)
+        assert len(job.more) == added
+        inside = parse_arguments([*job.words, *job.more])
+        options = [o for o in ("space", "out") if command[1:]]
+        monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+        assert command_line(inside, *options).startswith(f"hyperlora {command[0]} file0-mine.yaml ")
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+        typed = [word.removeprefix(f"{tmp_path}/") for word in words]
+        assert command_line(inside, *options) == shlex.join(["hyperlora", "submit", *typed])
+
+
+def test_what_is_not_installed_cannot_say_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise jobs.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(jobs.metadata, "version", version)
+    with pytest.raises(RecipeError, match="--install: got 'hyperadalora'; a package that is installed here"):
+        jobs.pinned()
+
+
+def test_the_doctor_reads_what_its_job_has_shown() -> None:
+    checks = [
+        Check("storage", "ok", "s3://bucket/runs: written and read in 0.1 s"),
+        Check("node 1, clock", "warn", "its clock differs by 100 s", "set it: with chrony, say"),
+        Check("node 2", "fail", "no module named: peft", "install it there"),
+    ]
+    output = StringIO()
+    console = Console(file=output, width=20)
+    for check in checks:
+        doctor._show(check, console)
+    text = f"INFO job_manager.py: Runtime env: setting up.\nRunning entrypoint: python\n{output.getvalue()}ok then\n"
+    assert doctor.shown(text) == checks
 
 
 def test_a_password_in_the_address_is_refused_and_not_shown(capfd: pytest.CaptureFixture) -> None:
