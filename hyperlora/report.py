@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from hyperlora.figures import rank_table
 from hyperlora.page import INK, PALETTE, figure, page, section, significant, size
-from hyperlora.verdict import METRIC, STEPS, STEPS_GOAL, TIME, number, words
+from hyperlora.verdict import METRIC, STEPS, STEPS_GOAL, TIME, all_reached, number, words
 
 Contestant = Mapping[str, Any]
 
@@ -116,9 +116,9 @@ def _cell(entry: Mapping[str, Any] | None, show: Callable[[float], str]) -> str:
     """Mean and, below it, its interval and how many seeds reached the level."""
     if not entry or entry["mean"] is None:
         return "<td>–</td>"
-    unreached = entry.get("reached", entry["n"]) < entry["n"]
+    unreached = not all_reached(entry)
     low, high = entry["low"], entry["high"]
-    below = [] if low is None else [f"{show(low)} to {show(high)}"]
+    below = [] if low is None else [f"from {show(low)}" if unreached else f"{show(low)} to {show(high)}"]
     if unreached:
         below.append(f"reached {entry['reached']} of {entry['n']}")
     small = "".join(f"<small>{line}</small>" for line in below)
@@ -273,7 +273,7 @@ def _rows(
         axes = figure.subplots()
         for y, (c, entry, values) in enumerate(entries):
             look = looks[c["name"]]
-            hollow = entry.get("reached", entry["n"]) < entry["n"]
+            hollow = not all_reached(entry)
             axes.plot(
                 scale * np.asarray(values),
                 [y + 0.14] * len(values),
@@ -428,8 +428,8 @@ def _guide(result: Mapping[str, Any]) -> str:
         ),
         (
             "Never reached (≥)",
-            "A seed that never reaches the target enters means as the whole run, which is a lower bound; a contestant "
-            "with such a seed is never called faster.",
+            "A seed that never reaches the target enters means as the whole run. Mean and interval are then of lower "
+            "bounds: the interval has no upper end, and the contestant is never called faster.",
         ),
         (
             "90 %",

@@ -74,7 +74,9 @@ def git_state() -> dict[str, str]:
         ).stdout.strip()
 
     try:
-        return {"git.commit": ask("rev-parse", "HEAD"), "git.changed": str(bool(ask("status", "--porcelain"))).lower()}
+        # Data, models and runs beside the code are no change of it.
+        changed = bool(ask("status", "--porcelain", "--untracked-files=no"))
+        return {"git.commit": ask("rev-parse", "HEAD"), "git.changed": str(changed).lower()}
     except (OSError, subprocess.SubprocessError):
         return {}
 

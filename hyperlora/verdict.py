@@ -12,10 +12,15 @@ STEPS_GOAL, TIME_GOAL = 0.8, 1.03
 STEPS, TIME, METRIC = "steps_to_final_ratio", "seconds_per_step_ratio", "metric_difference"
 
 
+def all_reached(entry: Mapping[str, Any]) -> bool:
+    """Whether the level of a mean was reached under every seed, if it is of a level: else it is a lower bound."""
+    return "reached" not in entry or entry["reached"] == entry["n"]
+
+
 def needs_fewer(c: Contestant) -> bool:
     """The interval of the step ratio lies below 1 as shown, and the baseline's loss was reached under every seed."""
     s = c["against_baseline"][STEPS]
-    return s["high"] is not None and round(s["high"], 2) < 1 and s["reached"] == s["n"]
+    return s["high"] is not None and round(s["high"], 2) < 1 and all_reached(s)
 
 
 def needs_more(c: Contestant) -> bool:
@@ -50,12 +55,12 @@ def shortfalls(c: Contestant, result: Mapping[str, Any]) -> list[str]:
     planned = len(result["seeds"])
     found = []
     if steps["mean"] > STEPS_GOAL:
-        found.append(f"it takes {change(steps['mean'], 'fewer', 'as many')} steps")
+        found.append(f"it takes {_steps(steps)} steps")
     if steps["high"] is None:
         found.append("one seed gives no interval of its step ratio")
     elif round(steps["high"], 2) >= 1:
         found.append("the interval of its step ratio reaches 1")
-    if steps["reached"] < steps["n"]:
+    if not all_reached(steps):
         found.append(f"it reached the loss under {steps['reached']} of {steps['n']} seeds only")
     if steps["n"] < planned:
         found.append(f"{steps['n']} of {planned} seeds are there")
@@ -91,7 +96,7 @@ def _findings(base: Contestant, rivals: Sequence[Contestant], result: Mapping[st
 
     def order(c: Contestant) -> tuple[bool, bool, bool, float]:
         s = c["against_baseline"][STEPS]
-        return bool(shortfalls(c, result)), metric_side(c, result) < 0, s["reached"] < s["n"], s["mean"]
+        return bool(shortfalls(c, result)), metric_side(c, result) < 0, not all_reached(s), s["mean"]
 
     rivals = sorted(rivals, key=order)
     best = rivals[0]
@@ -100,7 +105,7 @@ def _findings(base: Contestant, rivals: Sequence[Contestant], result: Mapping[st
     sentences = [
         f"The strongest of {len(rivals)} contestant{'s' if len(rivals) > 1 else ''} against the baseline "
         f"({base['label']}) is "
-        f"{best['label']}: it takes {change(steps['mean'], 'fewer', 'as many')} steps to the baseline's own final "
+        f"{best['label']}: it takes {_steps(steps)} steps to the baseline's own final "
         f"training loss (ratio {_ratio(steps)}), its {metric} differs by {difference(gap, higher)}, and a step takes "
         f"{change(time['mean'], 'less', 'as much')} time (ratio {_ratio(time)}).",
         "The goal (at least 20 % fewer steps, held-out metric not worse, at most 3 % more time per step) is "
@@ -113,10 +118,12 @@ def _findings(base: Contestant, rivals: Sequence[Contestant], result: Mapping[st
     fewer = [c for c in rivals if needs_fewer(c)]
     more = [c for c in rivals if needs_more(c)]
     single = [c for c in rivals if c["against_baseline"][STEPS]["high"] is None]
-    open_ = [c for c in rivals if c not in fewer and c not in more and c not in single]
+    bounded = [c for c in rivals if not all_reached(c["against_baseline"][STEPS]) and c not in more and c not in single]
+    open_ = [c for c in rivals if c not in fewer and c not in more and c not in single and c not in bounded]
     for group, text in (
         (fewer, "Fewer steps than the baseline, with the interval below 1: "),
         (open_, "Neither fewer nor more steps within the interval: "),
+        (bounded, "Neither fewer nor more steps is shown, as some seeds never reached the loss: "),
         (more, "More steps, with the interval above 1: "),
         (single, "Whether in fewer or more steps, one seed does not tell: "),
     ):
@@ -173,6 +180,14 @@ def change(ratio: float, less: str, equal: str) -> str:
     return f"{percent:.{0 if percent >= 10 else 1}f} % {less if ratio < 1 else 'more'}"
 
 
+def _steps(ratio: Mapping[str, Any]) -> str:
+    """A ratio of steps as a change; of a lower bound, which way it is one."""
+    text = change(ratio["mean"], "fewer", "as many")
+    if all_reached(ratio):
+        return text
+    return f"{'at most' if text.endswith('fewer') else 'at least'} {text}"
+
+
 def difference(entry: Mapping[str, Any], points: bool) -> str:
     """A difference of a metric with its interval: in points for shares of right rows, else as it is."""
     scale, digits, unit = (100, 2, " points") if points else (1, 4, "")
@@ -183,20 +198,21 @@ def difference(entry: Mapping[str, Any], points: bool) -> str:
 def _range(entry: Mapping[str, Any], scale: float = 1, digits: int = 2) -> str:
     if entry["low"] is None:
         return "one seed, no interval"
+    if not all_reached(entry):
+        return f"from {number(scale * entry['low'], digits)}"
     return f"{number(scale * entry['low'], digits)} to {number(scale * entry['high'], digits)}"
 
 
 def _ratio(entry: Mapping[str, Any]) -> str:
-    bound = "" if entry["reached"] == entry["n"] else "at least "
+    bound = "" if all_reached(entry) else "at least "
     return f"{bound}{number(entry['mean'])}, 95 % interval {_range(entry)}, n = {entry['n']}"
 
 
 def _item(c: Contestant) -> str:
     s, t = c["against_baseline"][STEPS], c["against_baseline"][TIME]
-    unreached = s["reached"] < s["n"]
-    seeds = f"; reached under {s['reached']} of {s['n']} seeds" if unreached else ""
+    seeds = "" if all_reached(s) else f"; reached under {s['reached']} of {s['n']} seeds"
     return (
-        f"{c['label']} {'at least ' if unreached else ''}{number(s['mean'])} ({_range(s)}{seeds}) "
+        f"{c['label']} {'at least ' if seeds else ''}{number(s['mean'])} ({_range(s)}{seeds}) "
         f"at {number(t['mean'])} times the time per step"
     )
 

@@ -18,7 +18,7 @@ from hyperlora.effects import show
 from hyperlora.field import Contestant
 from hyperlora.figures import rank_table
 from hyperlora.preflight import Estimate, Sizes
-from hyperlora.verdict import words
+from hyperlora.verdict import all_reached, words
 from hyperlora.warm_start import WarmStart
 from pipelines.progress import duration
 
@@ -212,6 +212,8 @@ def _interval(value: Mapping[str, Any]) -> str:
         return "–"
     if value["low"] is None:
         return f"{value['mean']:.4g}"
+    if not all_reached(value):
+        return f"at least {value['mean']:.4g} (from {value['low']:.4g})"
     return f"{value['mean']:.4g} ({value['low']:.4g} to {value['high']:.4g})"
 
 

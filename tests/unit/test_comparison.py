@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -309,9 +310,15 @@ def test_verdict_on_a_small_gain_a_tie_and_a_loser() -> None:
     small = field(lambda s: decay(1.1))["verdict"]
     assert "is not met: it takes 9" in small
     assert "interval below 1: NEW 0.9" in small
-    tie = field(lambda s: decay(1.1 if s % 2 else 0.95))["verdict"]
-    assert "Neither fewer nor more steps within the interval: NEW" in tie
+    tie = field(lambda s: decay(1.0))["verdict"]
+    assert "Neither fewer nor more steps within the interval: NEW 1.00 (1.00 to 1.00)" in tie
+    bounded = field(lambda s: decay(1.1 if s % 2 else 0.95))["verdict"]
+    assert "NEW: it takes at most 3" in bounded
+    assert "as some seeds never reached the loss: NEW at least 0.9" in bounded
+    assert re.search(r"NEW at least 0\.9\d \(from 0\.9\d; reached under 3 of 5 seeds\)", bounded), "no upper end"
+    assert "within the interval" not in bounded
     loser = field(lambda s: decay(0.7))["verdict"]
+    assert "NEW: it takes at least 5.3 % more steps" in loser
     assert "interval above 1: NEW at least 1.0" in loser
     assert "reached under 0 of 5 seeds" in loser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,3 +167,16 @@ def test_a_record_that_is_refused_does_not_hold_up_the_others(
     assert losses(client, run_id) == [(n, 1 / n) for n in range(1, 100) if n not in (3, 60)]
     (warning,) = caplog.records
     assert f"MLflow run {run_id} goes on without what it refuses: step 3: " in warning.getMessage()
+
+
+def test_data_and_runs_beside_the_code_are_no_change_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking.git_state() == {}
+    (tmp_path / "code.py").write_text("x = 1\n")
+    who = ["-c", "user.name=x", "-c", "user.email=x"]
+    for words in (["init", "-q"], ["add", "code.py"], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], check=True)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    assert tracking.git_state()["git.changed"] == "false"
+    (tmp_path / "code.py").write_text("x = 2\n")
+    assert tracking.git_state()["git.changed"] == "true"
