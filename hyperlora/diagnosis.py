@@ -9,11 +9,12 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from hyperlora import collective, storage, tokens, uris
+from hyperlora import collective, packed, storage, tokens, uris
 from hyperlora.config import MLflowConfig, first_line
 
 #: Free bytes below which a checkpoint, a model or Ray's object store may not fit.
@@ -59,14 +60,22 @@ def devices() -> Check:
     return Check("device", "ok", f"{names}, joined by {nccl}")
 
 
-def disk(folder: str | None = None) -> Check:
-    """Room where temporary files go."""
-    folder = folder or os.environ.get("RAY_TMPDIR") or "/tmp"
+def disks() -> list[Check]:
+    """Room where Ray's temporary files go, and where tokenised rows do if that is another file system."""
+    temporary, cache = Path(os.environ.get("RAY_TMPDIR") or "/tmp"), packed.cache()
+    cache = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    checks = [_disk("disk", temporary, "RAY_TMPDIR")]
+    if cache.stat().st_dev != temporary.stat().st_dev:
+        checks.append(_disk("disk of the cache", cache, "HYPERLORA_CACHE"))
+    return checks
+
+
+def _disk(name: str, folder: Path, variable: str) -> Check:
     free = shutil.disk_usage(folder).free
     found = f"{free / 2**30:.0f} GiB free in {folder}"
     if free < SMALL_DISK:
-        return Check("disk", "warn", found, f"keep {SMALL_DISK // 2**30} GiB free; RAY_TMPDIR names another place")
-    return Check("disk", "ok", found)
+        return Check(name, "warn", found, f"keep {SMALL_DISK // 2**30} GiB free; {variable} names another place")
+    return Check(name, "ok", found)
 
 
 def _place(uri: str) -> str:
@@ -156,7 +165,7 @@ def node(place: str | None = None, config: MLflowConfig | None = None) -> dict[s
     """
     from hyperlora.tracking import versions
 
-    began, checks = time.time(), [devices(), disk()]
+    began, checks = time.time(), [devices(), *disks()]
     if place is not None:
         checks += [sees(place), *store(place.rsplit("/", 1)[0])]
     if config is not None:

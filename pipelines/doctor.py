@@ -59,7 +59,7 @@ def _here(recipe: Recipe, alone: bool) -> Iterator[Check]:
     known, recipe = versions(), recipe.with_absolute_paths()
     yield Check("versions", "ok", ", ".join(f"{k} {known[k]}" for k in ("python", "torch", "ray", "mlflow", "peft")))
     yield diagnosis.devices()
-    yield diagnosis.disk()
+    yield from diagnosis.disks()
     yield diagnosis.token()
     for check in (*diagnosis.store(recipe.storage.uri), diagnosis.tracking(recipe.mlflow)):
         if alone or check.state != "fail":

@@ -270,3 +270,23 @@ def test_a_node_dies_and_the_run_ends_with_the_same_adapter(
     assert elastic["workers"] == 1
     assert elastic["losses"] == pytest.approx(whole["losses"], abs=1e-4)
     assert elastic["modules"] == whole["modules"]
+
+
+def test_a_node_joins_and_the_run_goes_on_with_its_worker_as_well(
+    cluster: Cluster, places: dict[str, Any], tmp_path: Path
+) -> None:
+    while cluster.nodes:
+        cluster.nodes.pop().kill()
+    path = write(tmp_path, "growing", places | {"num_workers": [1, 2]}, steps=10_000, checkpoint_every=20)
+    job = submit(cluster.url, tmp_path, "train", str(path), "--no-follow")
+    wait_until(lambda: saved("growing"), 180)
+    cluster.nodes.append(Node(1, cluster.head.address))
+    wait_until(lambda: with_a_worker(cluster.nodes), 150)
+    before = max(saved("growing"))
+    wait_until(lambda: max(saved("growing")) > before, 120)
+    stopped = hyperlora("stop", job["job_id"], "--address", cluster.url)
+    assert stopped.returncode == 0, stopped
+    assert stopped.stdout.count("loading model and data") == 2
+    (uri,) = (f"{STORE}/{run.removesuffix('/run.json')}" for run in storage.glob(STORE, "growing-*/run.json"))
+    steps = checkpoint.load(checkpoint.committed(uri)[-1]).trainer
+    assert len(steps["step_seconds"]) == steps["step"] > before, "each once"

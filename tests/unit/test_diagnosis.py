@@ -17,25 +17,29 @@ from hyperlora import collective, diagnosis, storage, uris
 def test_a_disk_that_is_nearly_full_is_warned_of(
     free: int, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    asked: list[Path] = []
 
-    def usage(folder: str) -> Any:
+    def usage(folder: Path) -> Any:
         asked.append(folder)
         return SimpleNamespace(free=free)
 
     monkeypatch.setattr(diagnosis.shutil, "disk_usage", usage)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    check = diagnosis.disk()
+    monkeypatch.setenv("HYPERLORA_CACHE", str(tmp_path / "cache"))
+    (check,) = diagnosis.disks()
     assert (check.state, check.found) == (state, f"10 GiB free in {tmp_path}")
     assert ("RAY_TMPDIR" in check.advice) == (state == "warn")
     monkeypatch.delenv("RAY_TMPDIR")
-    diagnosis.disk()
-    assert asked == [str(tmp_path), "/tmp"], "where Ray writes"
+    monkeypatch.setattr(diagnosis.packed, "cache", lambda: Path("/dev/shm/hyperlora/rows"))
+    checks = diagnosis.disks()
+    assert asked == [tmp_path, Path("/tmp"), Path("/dev/shm")], "where Ray writes, and where the rows go"
+    assert ("HYPERLORA_CACHE" in checks[1].advice) == (state == "warn")
 
 
-def test_a_disk_is_measured(tmp_path: Path) -> None:
+def test_a_disk_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     stat = os.statvfs(tmp_path)
-    free = float(diagnosis.disk(str(tmp_path)).found.split()[0])
+    free = float(diagnosis.disks()[0].found.split()[0])
     assert free == pytest.approx(stat.f_bavail * stat.f_frsize / 2**30, abs=2)
 
 

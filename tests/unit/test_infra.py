@@ -215,6 +215,18 @@ def test_the_store_knows_the_keys_that_the_nodes_have() -> None:
     assert [list(c.values()) for c in identity["credentials"]] == [keys]
 
 
+def test_the_bucket_is_the_same_everywhere() -> None:
+    made = COMPOSE["services"]["bucket"]["command"][-1]
+    (bucket,) = re.findall(r"fs.mkdir\('(\w+)'\)", made)
+    used = re.findall(r"s3://(\w+)", COMPOSE["services"]["mlflow"]["command"] + (INFRA / "README.md").read_text())
+    assert set(used) == {bucket}
+
+
+def test_the_token_of_the_cloud_lies_where_the_images_user_looks() -> None:
+    (user,) = re.findall(r"^USER (\w+)$", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
+    assert CLOUD["file_mounts"] == {f"/home/{user}/.ray/auth_token": "~/.ray/auth_token"}
+
+
 def test_the_image_has_what_ray_up_calls_in_it() -> None:
     assert {"rsync", "openssh-client", "git", "wget"} <= set((INFRA / "Dockerfile").read_text().split())
 
