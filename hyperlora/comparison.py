@@ -190,7 +190,8 @@ def analyse(records: Sequence[Record], plan: Mapping[str, Any]) -> dict[str, Any
 
     Args:
         records: of the trials, each with ``contestant``, ``lr``, ``seed``, ``stage`` (tune or report), ``status``
-            (finished, failed or missing), ``reason``, ``outcome`` and ``peak_memory_bytes``.
+            (finished, failed or missing), ``reason``, ``outcome``, ``peak_memory_bytes`` and, where it was found out,
+            ``crashed``: it failed for a reason that may not come again.
         plan: ``name``, ``command``, ``baseline``, ``steps``, ``lrs``, ``seeds``, ``recipe``, ``contestants``,
             ``selection`` and ``provenance``.
     """
@@ -212,7 +213,12 @@ def analyse(records: Sequence[Record], plan: Mapping[str, Any]) -> dict[str, Any
         "complete": not missing,
         "missing": missing,
         "failed": [
-            {"trial": trial_name(r["contestant"], r["lr"], r["seed"]), "stage": r["stage"], "reason": reason}
+            {
+                "trial": trial_name(r["contestant"], r["lr"], r["seed"]),
+                "stage": r["stage"],
+                "reason": reason,
+                "crashed": r.get("crashed", False),
+            }
             for r in records
             if r["status"] != "missing" and (reason := fault(r, plan["steps"])) is not None
         ],

@@ -24,6 +24,7 @@ from hyperlora.storage import patiently
 # Ranks that vLLM's --max-lora-rank takes (vllm/config/lora.py, MaxLoRARanks).
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 PREFIX = "base_model.model."
+A_OF = re.compile(rf"^{re.escape(PREFIX)}(.+)\.lora_A\.weight$")
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,34 @@ def adapter_files(adapter: PlainAdapter) -> dict[str, bytes]:
 
 def from_checkpoint(saved: checkpoint.Checkpoint) -> PlainAdapter:
     """The adapter inside a verified checkpoint; needs no base model."""
-    config = json.loads(saved.files["adapter_config.json"])
-    tensors = load_tensors(saved.files["adapter_model.safetensors"])
+    return from_files(saved.files)
+
+
+def from_files(files: Mapping[str, bytes]) -> PlainAdapter:
+    """The adapter in files that :func:`adapter_files` made; needs no base model.
+
+    Raises:
+        ValueError: they hold something else.
+        SafetensorError: the tensors cannot be read.
+    """
+    config = json.loads(files["adapter_config.json"])
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or "target_modules" not in config:
+        raise ValueError("adapter_config.json is not that of a LoRA adapter")
+    same = config.get("lora_alpha") == config.get("r") and config.get("alpha_pattern") == config.get("rank_pattern")
+    if not same or config.get("use_rslora"):
+        raise ValueError("its scale alpha/r is not one in every module")
+    tensors = load_tensors(files["adapter_model.safetensors"])
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for module in saved.trainer["optimizer"]["modules"]:
-        a = tensors.pop(f"{PREFIX}{module}.lora_A.weight", None)
+    for module in [m[1] for name in tensors if (m := A_OF.match(name))]:
+        a = tensors.pop(f"{PREFIX}{module}.lora_A.weight")
         b = tensors.pop(f"{PREFIX}{module}.lora_B.weight", None)
-        if a is not None and b is not None:
-            pairs[module] = (a, b)
+        if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise ValueError(f"{module} has no matrices A and B of one rank")
+        pairs[module] = (a, b)
+    if not pairs:
+        raise ValueError("it adapts no module")
+    if strange := [name for name in tensors if re.search(r"\.lora_(?!magnitude)", name)]:
+        raise ValueError(f"{strange[0]} is neither A nor B of a linear layer")
     return PlainAdapter(pairs, tensors, config)
 
 
@@ -179,6 +200,15 @@ def write_adapter(
         ValueError: as :func:`adapter_files`.
     """
     files = adapter_files(adapter) | {"README.md": model_card(adapter, recipe, outcome).encode()}
+    return write_files(uri, files, patience)
+
+
+def write_files(uri: str, files: Mapping[str, bytes], patience: float = storage.PATIENCE) -> dict[str, dict[str, Any]]:
+    """Write an adapter's files into a folder; returns size and SHA-256 of each by name.
+
+    Raises:
+        StorageError: the store does not take a file.
+    """
     for name, data in files.items():
         patiently(storage.write, f"{uri}/{name}", data, patience=patience)
     return checkpoint.identities(files)

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+#: ‖B A‖ over ‖B‖ ‖A‖ up to which a product that cancels counts as zero: B and A may be rounded to bfloat16.
+ROUNDING = 2.0**-8
+
 
 @dataclass(frozen=True)
 class AdaptedModule:
@@ -44,8 +47,8 @@ def adapted_modules(model: nn.Module, adapter_name: str = "default") -> list[Ada
     """The modules of ``model`` that carry the LoRA adapter ``adapter_name``, in module order.
 
     Raises:
-        ValueError: there is none, one is no linear LoRA layer, ranks differ between modules, or the rank exceeds a
-            dimension of the module it adapts.
+        ValueError: there is none, one is no linear LoRA layer or adapts several experts, ranks differ between modules,
+            or the rank exceeds a dimension of the module it adapts.
     """
     from peft.tuners.lora import LoraLayer  # takes seconds, and whoever reads a recipe imports this file
 
@@ -63,6 +66,14 @@ def adapted_modules(model: nn.Module, adapter_name: str = "default") -> list[Ada
             problems.append(f"{name}: only linear layers are supported, not a weight of {a.ndim} dimensions")
             continue
         clean = name.removeprefix("base_model.model.")
+        experts = getattr(module, "num_experts", 1)
+        if experts > 1:
+            # PEFT's A has all rows of one expert after another, its B the experts of one direction.
+            problems.append(
+                f"{clean}: a parameter of {experts} experts (target_parameters) is not supported: row k of A does not "
+                "belong to column k of B"
+            )
+            continue
         dora = adapter_name in module.lora_magnitude_vector
         found.append(AdaptedModule(clean, a, b, module.scaling[adapter_name], dora))
         rank = a.shape[0]
@@ -150,6 +161,21 @@ class FactorLayout:
     def parameters(self) -> int:
         """Numbers in A and B of all modules."""
         return sum(c.buffer.numel() for c in self.classes)
+
+    def holds_update(self) -> Tensor:
+        """Whether B A of each module is not zero, (M,) bool; ‖B A‖² = ⟨BᵀB, A Aᵀ⟩ needs no product of full size."""
+        count, buffer = len(self.modules), self.outputs[0].buffer
+        dtype = buffer.dtype if buffer.dtype.itemsize >= 4 else torch.float32
+        of_b, of_a = torch.empty(2, count, self.rank, self.rank, dtype=dtype, device=buffer.device)
+        for shape_class in self.outputs:
+            b = shape_class.buffer.to(dtype)
+            of_b.index_copy_(0, shape_class.index, b.transpose(1, 2) @ b)
+        for shape_class in self.inputs:
+            a = shape_class.buffer.to(dtype)
+            of_a.index_copy_(0, shape_class.index, a @ a.transpose(1, 2))
+        product = (of_b * of_a).sum((1, 2))
+        norms = of_b.diagonal(dim1=1, dim2=2).sum(-1) * of_a.diagonal(dim1=1, dim2=2).sum(-1)
+        return ~(product <= norms * ROUNDING**2)
 
     def write(self, factors: Factors, gain: Tensor | None) -> None:
         """Put the factors into the model's weights: ``B = P`` and ``A = gain · Q`` (gain (M, r), None for one)."""

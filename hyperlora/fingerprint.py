@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,19 @@ def data_fingerprint(recipe: Recipe) -> str:
     return _hash({part: found.sha256 for part, found in survey(recipe.data, recipe.task.kind).items()})
 
 
-def evaluation_fingerprint(recipe: Recipe) -> str:
+def evaluation_fingerprint(recipe: Recipe, outcome: Mapping[str, Any]) -> str:
     """Of the task, the held-out rows in their order, how they are read, and the base model with its tokenizer: metrics
     are comparable when it is equal.
+
+    The rows are those that the run was evaluated on, whatever is in their file by now; those of the file where an older
+    outcome does not tell.
 
     Raises:
         RecipeError: rows or weights cannot be read.
     """
-    held_out = survey(recipe.data, recipe.task.kind, ("eval",))["eval"].sha256
+    held_out = outcome.get("rows_sha256", {}).get("eval")
+    if held_out is None:
+        held_out = survey(recipe.data, recipe.task.kind, ("eval",))["eval"].sha256
     read = recipe.data.model_dump(include={"text", "text_pair", "label", "prompt", "completion", "template"})
     model = [base_model(recipe)["sha256"], recipe.model.tokenizer, recipe.model.config]
     return _hash([recipe.task.model_dump(mode="json"), read, held_out, model])

@@ -113,10 +113,12 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         seed: of factors, hypernetworks and truncation.
         process_group: average gradients over it in one all-reduce per step; ``None`` leaves that to the caller (DDP).
         adapter_name: of the PEFT adapter.
+        replace: overwrite an adapter that already holds an update (B A is not zero) where the factors start anew: with
+            singular values, or under ``generate``. For a state that :meth:`load_state_dict` brings back afterwards.
 
     Raises:
-        ValueError: an unknown method, a model without suitable LoRA layers, a budget that cannot be reached, or a rank
-            budget without ``total_steps``.
+        ValueError: an unknown method, a model without suitable LoRA layers, an update that would be lost, a budget that
+            cannot be reached, or a rank budget without ``total_steps``.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
         adapter_name: str = "default",
+        replace: bool = False,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
@@ -175,6 +178,9 @@ class HyperAdaLoRA(torch.optim.Optimizer):
 
         device = modules[0].a.device
         dtype = modules[0].a.dtype if modules[0].a.dtype.itemsize >= 4 else torch.float32
+        anew = self.method.singular_values or (self.method.hypernetwork and rule.name == "generate")
+        if anew and not replace and device.type != "meta":
+            self._refuse_update()
         count, rank = len(modules), self.layout.rank
         self.steps_done = 0
         self.mask = torch.ones(count, rank, dtype=torch.bool, device=device)
@@ -239,6 +245,18 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         if direction is None:
             return "orthogonal" if self.method_name == "hyperadalora" and direct else "adam"
         return direction
+
+    def _refuse_update(self) -> None:
+        held = self.layout.holds_update().tolist()
+        names = [m.name for m, holds in zip(self.layout.modules, held, strict=True) if holds]
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ValueError(
+                f"the adapter holds an update, which method {self.method_name!r} would overwrite: B A is not zero in "
+                f"{shown}; allowed: a new adapter that changes nothing yet (init_lora_weights not 'pissa' or 'olora'), "
+                "the trained one merged into the base first (merge_and_unload), or replace=True where load_state_dict "
+                "follows"
+            )
 
     def _plan(self, pruning: Pruning, initial: int, target_rank: float | None, total: int | None) -> BudgetPlan:
         modules = len(self.layout.modules)
@@ -343,7 +361,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
 
         Raises:
             ValueError: more than four metrics.
-            RuntimeError: the model was moved to another device after the optimizer was built.
+            RuntimeError: no parameter of the adapter has a gradient, or the model was moved to another device after the
+                optimizer was built.
         """
         loss = None
         if closure is not None:
@@ -384,6 +403,10 @@ class HyperAdaLoRA(torch.optim.Optimizer):
 
     def _collect(self, metrics: Tensor | None) -> None:
         """Gradients of all parameters into the flat buffer, averaged over the process group."""
+        if metrics is not None and metrics.numel() > self._metric_slots:
+            raise ValueError(f"at most {self._metric_slots} metrics travel with a step, got {metrics.numel()}")
+        if all(w.grad is None for c in self.layout.classes for w in c.weights):
+            raise RuntimeError("no parameter of the adapter has a gradient: was loss.backward() called on this model?")
         for shape_class, view in zip(self.layout.classes, [*self._grad_b, *self._grad_a], strict=True):
             grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in shape_class.weights]
             if view.dtype == grads[0].dtype:
@@ -396,8 +419,6 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             )
         self.stats.pop("metrics", None)  # of an earlier step
         if metrics is not None:
-            if metrics.numel() > self._metric_slots:
-                raise ValueError(f"at most {self._metric_slots} metrics travel with a step, got {metrics.numel()}")
             self._flat[-self._metric_slots :][: metrics.numel()].copy_(metrics)
         if self._process_group is not None:
             dist.all_reduce(self._flat, group=self._process_group)

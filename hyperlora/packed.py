@@ -81,15 +81,32 @@ class Packed:
         """
         return int(self.content["parts"][part][name])
 
-    def sha256(self, part: str) -> str:
-        """Of the tokens of one part, in their order."""
-        return str(self.content["parts"][part]["sha256"])
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Of the tokens of each part, in their order."""
+        return {part: str(counts["sha256"]) for part, counts in self.content["parts"].items()}
 
 
 def cache() -> Path:
     """The folder of packed rows on this machine."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("HYPERLORA_CACHE") or f"{home}/hyperlora").expanduser().absolute() / "rows"
+
+
+def check_same(uri: str, then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Find out whether the rows are those that a run was made with.
+
+    Args:
+        uri: of the run, or of its checkpoint.
+        then, now: SHA-256 of the tokens of ``train`` and ``eval``.
+
+    Raises:
+        RecipeError: they are not; names the part.
+    """
+    changed = [part for part in now if then.get(part) != now[part]]
+    if changed:
+        allowed = f"the rows of {uri}, SHA-256 of whose tokens"
+        raise RecipeError([Problem(f"data.{p}", now[p], f"{allowed} is {then.get(p)}") for p in changed])
 
 
 def obtain(fingerprint: str, build: Callable[[Path], None], shared: str | None = None) -> Packed:

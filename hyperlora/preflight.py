@@ -44,8 +44,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run; bytes are for each worker, ``rows`` is the fingerprint of the tokenised rows, ``decided`` is what
-    the recipe leaves open (null) as the optimizer decides it, and ``notes`` say what of the rows does not count.
+    """Of one run; bytes are for each worker, ``rows`` is the fingerprint of the tokenised rows, ``rows_sha256`` that of
+    the tokens of each part, ``decided`` is what the recipe leaves open (null) as the optimizer decides it, and
+    ``notes`` say what of the rows does not count.
 
     ``activation_bytes`` follows Korthikanti et al. (arXiv 2205.05198, table 2, without the attention matrix, which
     fused kernels do not keep): 34 bytes per token, hidden unit and layer in 16 bits, twice that in 32. In 16 bits
@@ -54,6 +55,7 @@ class Estimate:
     """
 
     rows: str
+    rows_sha256: dict[str, str]
     train_rows: int
     held_out_rows: int
     steps: int
@@ -252,6 +254,7 @@ def inspect(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] 
     layers, hidden = _shape(model)
     return Estimate(
         rows=task.packed.fingerprint,
+        rows_sha256=task.packed.sha256,
         train_rows=rows,
         held_out_rows=len(task.held_out),
         steps=steps,

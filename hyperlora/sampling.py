@@ -70,14 +70,14 @@ class Proposals:
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
-        draws = optuna.samplers.TPESampler(seed=seed, constant_liar=parallel)
-        chosen = draws if sampler == "tpe" else optuna.samplers.RandomSampler(seed=seed)
-        self._chance = optuna.samplers.RandomSampler(seed=seed)
+        self._sampler, self._seed, self._parallel = sampler, seed, parallel
+        self._earlier = 0  # points of earlier runs
         # Pruned trials without a value count as worse than all others; Optuna has them for single objectives only.
         self._worst = TrialState.PRUNED if len(objectives) == 1 else TrialState.FAIL
         study = optuna.study.StudyDirection
         directions = [study.MAXIMIZE if o.higher else study.MINIMIZE for o in objectives]
-        self._study = optuna.create_study(sampler=chosen, directions=directions)
+        self._study = optuna.create_study(directions=directions)
+        self._sample(seed)
         self._distributions = {p["key"]: distribution(p) for p in space.parameters}
         self._open: dict[str, optuna.Trial] = {}
         self._seen: set[str] = set()
@@ -86,6 +86,18 @@ class Proposals:
         if sampler == "grid":
             order = np.random.default_rng(seed).permutation(len(space.grid))
             self._queue, self._grid = [], [space.grid[i] for i in order]
+
+    def _sample(self, seed: int) -> None:
+        """Draw with this seed from here on."""
+        # Random draws have no second stream of the same seed: behind the first one it finds what is known.
+        self._study.sampler = self._chance = optuna.samplers.RandomSampler(seed=seed)
+        if self._sampler == "tpe":
+            self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=self._parallel)
+
+    def _resample(self) -> None:
+        """Draw anew, for a point of an earlier run: its draws once more find nothing but what is known or refused."""
+        self._earlier += 1
+        self._sample(int(np.random.SeedSequence((self._seed, self._earlier)).generate_state(1)[0]))
 
     def ask(self) -> Values | None:
         """The next point; None when nothing new can be found."""
@@ -127,6 +139,7 @@ class Proposals:
     def resume(self, values: Values) -> None:
         """A point of an earlier run goes on: it is at work without having been asked for."""
         self._ask_for(values)
+        self._resample()
 
     def tell(
         self,
@@ -148,6 +161,7 @@ class Proposals:
         shown = dict(reports) if state == TrialState.PRUNED and status == "stopped" else {}
         trial = self._open.pop(_key(values), None)
         if trial is None:
+            self._resample()
             params = {k: v for k, v in values.items() if k in self._distributions}
             self._study.add_trial(
                 create_trial(

@@ -31,7 +31,7 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from hyperlora import runs, storage, training, warm_start
+from hyperlora import packed, runs, storage, training, warm_start
 from hyperlora.config import Recipe, StorageConfig, parse
 from hyperlora.stopping import NonFiniteError, Notice
 from hyperlora.storage import patiently
@@ -71,6 +71,8 @@ class Result:
         reason: why it failed or was stopped, in one line.
         outcome: of the trainer.
         peak_memory_bytes: of its process, or allocated on its GPU; None where neither can be read.
+        crashed: whether it failed for a reason that may not come again, as memory or a node that is gone; the next
+            search in its folder repeats it.
     """
 
     trial: Trial
@@ -78,6 +80,7 @@ class Result:
     reason: str | None
     outcome: dict[str, Any] | None
     peak_memory_bytes: int | None
+    crashed: bool = False
 
 
 #: From the results so far to all trials that are wanted, in the order in which they start.
@@ -89,6 +92,8 @@ def run(
     recipe: Recipe,
     concurrency: int,
     *,
+    sha256: Mapping[str, str] | None = None,
+    check: Callable[[], None] = lambda: None,
     started: Callable[[Trial], None] = lambda trial: None,
     verbose: bool = False,
 ) -> Iterator[Result]:
@@ -102,14 +107,17 @@ def run(
         recipe: whose ``ray`` section says which cluster to use, and the CPUs and GPUs of one trial; its data is that of
             all trials.
         concurrency: trials at a time.
+        sha256: of the tokens of each part of the data; results of other rows are refused. None: not looked at.
+        check: called before a trial starts; what it raises ends the search.
         started: told of every trial that starts.
         verbose: show the logs of Ray and of the workers.
 
     Raises:
-        RecipeError: the cluster cannot hold ``concurrency`` trials, or a trial's folder is of another recipe.
+        RecipeError: the cluster cannot hold ``concurrency`` trials, or a trial's folder is of another recipe, or of
+            other rows.
     """
     done: dict[str, Result] = {}
-    yield from _recorded(plan, done, set())
+    yield from _recorded(plan, done, set(), sha256)
     if all(trial.name in done for trial in plan(done)):
         return
     # Where workers of one run have to be is nothing to trials, which know nothing of each other.
@@ -134,6 +142,7 @@ def run(
                 names = done.keys() | {trial.name for trial in running.values()}
                 waiting = [trial for trial in plan(done) if trial.name not in names]
                 for trial in waiting[: concurrency - len(running)]:
+                    check()
                     runs.record(RunInfo(trial.uri), trial.recipe)
                     running[task.remote(trial.recipe.model_dump(mode="json"), trial.uri, rows)] = trial
                     started(trial)
@@ -149,20 +158,22 @@ def run(
                 trial = running.pop(ready)
                 done[trial.name] = _result(trial, ready)
                 at_work = {trial.name for trial in running.values()}
-                ended = [done[trial.name], *_recorded(plan, done, at_work)]
+                ended = [done[trial.name], *_recorded(plan, done, at_work, sha256)]
         finally:
             for reference in running:
                 ray.cancel(reference, force=True)
 
 
-def _recorded(plan: Plan, done: dict[str, Result], at_work: set[str]) -> Iterator[Result]:
+def _recorded(
+    plan: Plan, done: dict[str, Result], at_work: set[str], sha256: Mapping[str, str] | None
+) -> Iterator[Result]:
     """Results that earlier runs left in the folders of wanted trials; they may make a plan want more."""
     seen = set(at_work)
     while new := [trial for trial in plan(done) if trial.name not in done and trial.name not in seen]:
         seen |= {trial.name for trial in new}
         for trial in new:
             runs.check_same(trial.uri, trial.recipe)
-            found = recorded(trial)
+            found = recorded(trial, sha256)
             if found is not None:
                 if found.status == "failed":
                     drop_checkpoints(trial.uri)  # its process may have been killed before it did
@@ -170,10 +181,16 @@ def _recorded(plan: Plan, done: dict[str, Result], at_work: set[str]) -> Iterato
                 yield found
 
 
-def recorded(trial: Trial) -> Result | None:
-    """The result in a trial's folder; None while it has to run."""
+def recorded(trial: Trial, sha256: Mapping[str, str] | None = None) -> Result | None:
+    """The result in a trial's folder; None while it has to run.
+
+    Raises:
+        RecipeError: it is of other rows than those of ``sha256``.
+    """
     peak = (runs.read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
     if (outcome := runs.result(trial.uri)) is not None:
+        if sha256 is not None and "rows_sha256" in outcome:  # older results do not tell
+            packed.check_same(trial.uri, outcome["rows_sha256"], sha256)
         return Result(trial, "finished", None, outcome, peak)
     if (failure := runs.read(trial.uri, DIVERGED)) is not None:
         return Result(trial, "failed", failure["reason"], None, peak)
@@ -188,11 +205,16 @@ def _result(trial: Trial, reference: Any) -> Result:
         logger.info("trial %s failed", trial.name, exc_info=error)
         peak = (runs.read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
         # What fails after the last file has not failed the trial.
-        return recorded(trial) or Result(trial, "failed", reason(error), None, peak)
+        return recorded(trial) or Result(trial, "failed", reason(error), None, peak, crashed=True)
     found = recorded(trial)
     if found is None:
         return Result(
-            trial, "failed", f"no {runs.RESULT} in {trial.uri}: is it a folder that all workers share?", None, None
+            trial,
+            "failed",
+            f"no {runs.RESULT} in {trial.uri}: is it a folder that all workers share?",
+            None,
+            None,
+            crashed=True,
         )
     return found
 

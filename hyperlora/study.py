@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hyperlora.comparison import Record, final_loss, rank_stability, select_rate
+from hyperlora.comparison import Record, edge, final_loss, rank_stability, select_rate
 from hyperlora.effects import Factor, factor, interactions, main_effects, mean_interval, show
 from hyperlora.importance import importances
 from hyperlora.study_verdict import verdict
@@ -161,7 +161,7 @@ def _reference(records: Sequence[Record], plan: Mapping[str, Any]) -> dict[str, 
     ]
     failed = bool(own) and not chosen and all(r["status"] != "missing" for r in own)
     measures = _measures(sorted(chosen, key=lambda r: r["seed"]), plan["metric"])
-    return {**plan["reference"], "lr": best, "failed": failed, **measures}
+    return {**plan["reference"], "lr": best, "edge": edge(own, REFERENCE), "failed": failed, **measures}
 
 
 def _noise(points: Sequence[Mapping[str, Any]]) -> float | None:

@@ -289,7 +289,8 @@ def _guide(result: Result) -> str:
             "Uniform LoRA",
             "Plain LoRA that has from the start the rank that pruning ends at, at the same alpha/rank. Its learning "
             "rate is the one with the lowest training loss at seed 0, searched beyond its list while the best is an "
-            "edge. The pruned point it is compared with is, for every seed, the one that the other seeds chose.",
+            "edge, by four rates at most. The pruned point it is compared with is, for every seed, the one that the "
+            "other seeds chose.",
         ),
         (
             "Ranks alike, ρ",

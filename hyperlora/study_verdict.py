@@ -26,7 +26,7 @@ def verdict(result: Mapping[str, Any]) -> str:
         sentences.append(f"{len(result['failed'])} trials failed and are left out.")
     if result["recommended"] is None:
         return " ".join([*sentences, "No trial has finished, so that nothing can be said."])
-    sentences += [_knobs(result), *_together(result), _setting(result), _dynamic(result)]
+    sentences += [_knobs(result), *_together(result), _setting(result), _dynamic(result), _untuned(result)]
     stability = result["rank_stability"]
     if stability["mean"] is not None:
         sentences.append(
@@ -122,6 +122,15 @@ def _rates(result: Mapping[str, Any]) -> str:
     return (
         f" The points keep the recipe's learning rate, {result['recipe']['optimizer']['lr']:g}; only LoRA's was chosen."
     )
+
+
+def _untuned(result: Mapping[str, Any]) -> str:
+    reference = result["reference_measured"]
+    # Results of earlier versions do not know the edge.
+    if reference is None or not reference["by_seed"] or reference.get("edge") is None:
+        return ""
+    rate = f"{reference['label']} (the {reference['edge']}est, {reference['lr']:g})"
+    return f"Not tuned to the end, since the best learning rate is the last one tried: {rate}."
 
 
 def level(value: float, result: Mapping[str, Any]) -> str:

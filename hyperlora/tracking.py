@@ -39,6 +39,7 @@ from hyperlora import __version__, spool, storage, uris
 from hyperlora.config import MLflowConfig, Problem, Recipe, RecipeError, first_line, flatten
 from hyperlora.ownership import ReplacedError
 from hyperlora.spool import Spool
+from hyperlora.verdict import all_reached
 
 logger = logging.getLogger(__name__)
 #: What telling MLflow may end in: it lets through what the libraries of databases and artifact stores raise.
@@ -180,15 +181,19 @@ def start_search(
 
 
 def finish_comparison(recipe: Recipe, run_id: str, result: Mapping[str, Any], files: Sequence[Path]) -> None:
-    """Log every contestant's mean figures as ``contestant/figure``, its differences to the baseline, and the files."""
+    """Log every contestant's mean figures as ``contestant/figure``, its differences to the baseline, and the files.
+
+    Beside a mean stand the ends of its interval, ``_low`` and ``_high``, and the number of seeds that have what is
+    averaged, ``_reached``. A lower bound has no ``_high``.
+    """
     client, now = MlflowClient(recipe.mlflow.tracking_uri), int(time.time() * 1000)
     values: dict[str, float] = {}
     for contestant in result["contestants"]:
         for table, suffix in (("summary", ""), ("against_baseline", "_against_baseline")):
             for key, interval in contestant[table].items():
-                for edge in ("mean", "low", "high"):
-                    value = interval[edge]
-                    if value is not None:
+                for edge in ("mean", "low", "high", "reached"):
+                    value = interval.get(edge)
+                    if value is not None and (edge != "high" or all_reached(interval)):
                         end = "" if edge == "mean" else f"_{edge}"
                         values[f"{contestant['name']}/{key}{suffix}{end}"] = float(value)
     metrics = [Metric(key, value, now, 0) for key, value in values.items()]

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from hyperlora import checkpoint, ownership, storage
+from hyperlora import checkpoint, ownership, packed, storage
 from hyperlora.adapters import build_model, load_tokenizer
 from hyperlora.baselines import SINGLE_WORKER, AdapterOptimizer, PeftAdaLoRA, UnequalLoRA
 from hyperlora.checkpoint import Checkpoint, RefusedError
@@ -688,6 +688,7 @@ class Trainer:
             "base_parameters": sum(p.numel() for p in self.model.parameters()) - self.optimizer.layout.parameters,
             "train_rows": len(self.task.train),
             "held_out_rows": len(self.task.held_out),
+            "rows_sha256": self.task.packed.sha256,
             "steps": self.step,
             "tokens_per_second": self.tokens_seen / self.training_seconds if self.training_seconds else 0.0,
             "training_seconds": self.training_seconds,
@@ -802,25 +803,20 @@ class Trainer:
         self._warn([warning])
 
     def _data(self) -> dict[str, Any]:
-        """What the rows to train on are."""
-        return {"rows": len(self.task.train), "sha256": self.task.packed.sha256("train")}
+        """What the rows to train and evaluate on are."""
+        return {"rows": len(self.task.train), "rows_sha256": self.task.packed.sha256}
 
     def restore(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint of the same recipe.
 
         Raises:
-            RecipeError: the checkpoint is of other training rows, of another model, or of another version.
+            RecipeError: the checkpoint is of other rows, of another model, or of another version.
         """
         trainer, data = saved.trainer, self._data()
         if missing := sorted(STATE - trainer.keys()):
             allowed = f"a checkpoint of this version: its trainer.json has no {', '.join(missing)}"
             raise RecipeError([Problem("--resume", saved.uri, allowed)])
-        then = {key: trainer["data"].get(key) for key in data}
-        if then != data:
-            allowed = (
-                f"the rows that {saved.uri} was trained on: {then['rows']}, SHA-256 of their tokens {then['sha256']}"
-            )
-            raise RecipeError([Problem("data", f"{data['rows']} training rows, {data['sha256']}", allowed)])
+        packed.check_same(saved.uri, trainer["data"].get("rows_sha256", {}), data["rows_sha256"])
         if trainer["total_steps"] != self.total_steps:
             raise RecipeError(
                 [Problem("training", self.total_steps, f"the {trainer['total_steps']} steps of {saved.uri}")]

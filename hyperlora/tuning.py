@@ -122,9 +122,13 @@ def known(search: Search) -> list[Trial]:
     return [search.make(name, runs.read(f"{search.uri}/trials/{name}", VALUES)) for name in names]
 
 
-def ended(trial: Trial) -> Result | None:
-    """How a trial ended in an earlier run; None while it has to go on."""
-    found = recorded(trial)
+def ended(trial: Trial, sha256: Mapping[str, str] | None = None) -> Result | None:
+    """How a trial ended in an earlier run; None while it has to go on.
+
+    Raises:
+        RecipeError: it is of other rows than those of ``sha256``.
+    """
+    found = recorded(trial, sha256)
     if found is None and (stop := runs.read(trial.uri, STOPPED)) is not None:
         return Result(trial, "stopped", stop["reason"], None, None)
     return found
@@ -135,6 +139,8 @@ def run(
     recipe: Recipe,
     proposals: Proposals,
     *,
+    sha256: Mapping[str, str] | None = None,
+    check: Callable[[], None] = lambda: None,
     started: Callable[[Trial, int], None],
     over: Callable[[Result], None],
     trainable: Callable[[dict[str, Any]], None] | None = None,
@@ -148,6 +154,8 @@ def run(
         search: what is searched.
         recipe: whose ``ray`` section says which cluster to use, and workers, CPUs and GPUs of one trial.
         proposals: asked for the points.
+        sha256: of the tokens of each part of the data; results of other rows are refused. None: not looked at.
+        check: called before a trial starts; what it raises ends the search.
         started: told of every trial that starts, and how many may run at a time.
         over: told of every trial that ended.
         trainable: instead of training: gets ``name`` and ``uri`` of a trial, reports to Ray Tune and writes
@@ -155,13 +163,13 @@ def run(
         verbose: show the logs of Ray and of the workers.
 
     Raises:
-        RecipeError: the cluster cannot hold a trial, or a trial's folder is of another recipe.
+        RecipeError: the cluster cannot hold a trial, or a trial's folder is of another recipe, or of other rows.
     """
     scheduler = None if search.stopping is None else _asha(search.stopping)
     waiting, past = [], 0
     for trial in known(search):
         runs.check_same(trial.uri, trial.recipe)
-        result = ended(trial)
+        result = ended(trial, sha256)
         if result is None:
             waiting.append(trial)
             continue
@@ -189,7 +197,7 @@ def run(
         Notice(interrupts=True) as notice,
     ):
         at_once = min(_at_once(recipe, search.concurrency), search.count - past)
-        driver = _Driver(search, proposals, waiting, lambda trial: started(trial, at_once), over, notice)
+        driver = _Driver(search, proposals, waiting, check, lambda trial: started(trial, at_once), over, notice)
         end.callback(driver.drop_checkpoints)
         alone = settings.most == 1
         own = {"CPU": settings.cpus_per_worker} | (
@@ -274,12 +282,13 @@ class _Driver(tune.Callback):
         search: Search,
         proposals: Proposals,
         waiting: Sequence[Trial],
+        check: Callable[[], None],
         started: Callable[[Trial], None],
         over: Callable[[Result], None],
         notice: Notice,
     ) -> None:
         self._search, self._proposals, self._waiting = search, proposals, list(waiting)
-        self._started, self._told, self._notice = started, over, notice
+        self._check, self._started, self._told, self._notice = check, started, over, notice
         self._number = 1 + max((int(t.name.removeprefix("t")) for t in known(search)), default=0)
         self._running: dict[str, Trial] = {}
         self._stopped: list[Trial] = []
@@ -289,6 +298,7 @@ class _Driver(tune.Callback):
 
     def next(self) -> Trial | None:
         """The next trial to start, first those that were interrupted; None when the sampler has no more points."""
+        self._check()
         if self._waiting:
             trial = self._waiting.pop(0)
             self._proposals.resume(runs.read(trial.uri, VALUES))

@@ -127,7 +127,7 @@ class ParameterAdam(Adam):
     """AdamW of a model's own parameters.
 
     One of another precision is moved in ``dtype``, and the model has it rounded: a bfloat16 number to which small steps
-    are added stays where it is.
+    are added stays where it is. Where a parameter's data was replaced, as casting a model does, the new data counts.
 
     Args:
         parameters: on their final device; changed in place.
@@ -136,19 +136,37 @@ class ParameterAdam(Adam):
     """
 
     def __init__(self, parameters: Sequence[Tensor], settings: AdamSettings, dtype: torch.dtype) -> None:
-        own = [p.detach() for p in parameters]
-        super().__init__([p if p.dtype == dtype else p.to(dtype) for p in own], settings)
-        pairs = [(p, value) for p, value in zip(own, self._tensors, strict=True) if p is not value]
-        self._rounded, self._values = [p for p, _ in pairs], [value for _, value in pairs]
+        self._parameters, self._dtype = parameters, dtype
+        self._own = [p.detach() for p in parameters]
+        super().__init__([self._value(own) for own in self._own], settings)
+
+    def _value(self, own: Tensor) -> Tensor:
+        """What AdamW moves: the model's data itself where it can be."""
+        return own.to(self._dtype).contiguous()
+
+    def _follow(self) -> None:
+        """Take over the data of parameters whose data was replaced."""
+        for n, (parameter, own) in enumerate(zip(self._parameters, self._own, strict=True)):
+            if parameter.data_ptr() != own.data_ptr():
+                self._own[n] = parameter.detach()
+                self._tensors[n] = self._value(self._own[n])
+
+    def _rounded(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Data of the model that is no value itself, and the values."""
+        pairs = [(own, value) for own, value in zip(self._own, self._tensors, strict=True) if own is not value]
+        return [own for own, _ in pairs], [value for _, value in pairs]
 
     def step(self, gradients: list[Tensor], lr: float, found_inf: Tensor) -> None:
+        self._follow()
         super().step(gradients, lr, found_inf)
-        if self._rounded:
-            torch._foreach_copy_(self._rounded, self._values)
+        rounded, values = self._rounded()
+        if rounded:
+            torch._foreach_copy_(rounded, values)
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """Moments, step counts, and what the model has rounded."""
-        return super().state(prefix) | {f"{prefix}.value.{n}": t for n, t in enumerate(self._values)}
+        self._follow()
+        return super().state(prefix) | {f"{prefix}.value.{n}": t for n, t in enumerate(self._rounded()[1])}
 
 
 class FactorAdam:

@@ -146,7 +146,9 @@ def parser() -> argparse.ArgumentParser:
     add("recipes", "List the recipes that ship with the package.")
 
     export = add("export", "Write the adapter of a run or checkpoint as a plain PEFT LoRA folder.")
-    export.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="folder or URI")
+    export.add_argument(
+        "source", metavar="RUN_OR_CHECKPOINT", help="folder or URI; also a trial's, or one that pull has written"
+    )
     export.add_argument("folder", metavar="DIR", help="new folder or URI")
     export.add_argument("--uniform-rank", action="store_true", help="pad all modules to one rank that vLLM accepts")
     return root

@@ -105,6 +105,7 @@ def record(trial: Trial, result: Result | None) -> dict[str, Any]:
         "stage": entry.stage,
         "status": result.status if result else "missing",
         "reason": result.reason if result else None,
+        "crashed": bool(result and result.crashed),
         "outcome": result.outcome if result else None,
         "peak_memory_bytes": result.peak_memory_bytes if result else None,
     }
@@ -123,7 +124,8 @@ def main(args: Namespace, console: Console) -> int:
         write_json(args.json, {**plan, "out": comparison.out, "estimates": sizes})
         return 0
     with owned(comparison.out, "comparison"), _tracked(comparison, plan) as log:
-        result = _run(comparison, plan, console, args.verbose)
+        sha256 = next(iter(estimates.values())).rows_sha256
+        result = _run(comparison, plan, sha256, console, args.verbose)
         if result["complete"]:
             log(result)
     screens.comparison_summary(console, result, comparison.out)
@@ -224,7 +226,9 @@ def _tracked(comparison: Comparison, plan: Mapping[str, Any]) -> Iterator[Any]:
         yield log
 
 
-def _run(comparison: Comparison, plan: Mapping[str, Any], console: Console, verbose: bool) -> dict[str, Any]:
+def _run(
+    comparison: Comparison, plan: Mapping[str, Any], sha256: Mapping[str, str], console: Console, verbose: bool
+) -> dict[str, Any]:
     """Run the trials that are missing, with the partial result on disk on the way; returns the whole result."""
     return run_planned(
         comparison.wanted,
@@ -234,6 +238,8 @@ def _run(comparison: Comparison, plan: Mapping[str, Any], console: Console, verb
         best=_best,
         line=_line,
         write=lambda done: _write(comparison, plan, done),
+        out=comparison.out,
+        sha256=sha256,
         verbose=verbose,
     )
 

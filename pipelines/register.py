@@ -40,7 +40,9 @@ def main(args: Namespace, console: Console) -> int:
     mlflow = recipe.mlflow.model_copy(update={"tracking_uri": args.tracking_uri or recipe.mlflow.tracking_uri})
     check(recipe.model_copy(update={"mlflow": mlflow}))
     with console.status("reading held-out rows and base model"):
-        facts = candidates.facts(candidate, source, evaluation_fingerprint(recipe), base_model(recipe))
+        facts = candidates.facts(
+            candidate, source, evaluation_fingerprint(recipe, candidate.outcome), base_model(recipe)
+        )
     files = candidates.adapter_files(candidate, registry.FILES)
     files["README.md"] = candidates.card(files["README.md"], facts)
     with console.status("registering"):

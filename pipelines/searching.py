@@ -54,6 +54,8 @@ def run_planned(
     best: Callable[[Mapping[str, Result]], str],
     line: Callable[[Result], str],
     write: Callable[[Mapping[str, Result]], dict[str, Any]],
+    out: str,
+    sha256: Mapping[str, str],
     log: Log = lambda result: None,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -67,6 +69,8 @@ def run_planned(
         best: the best trial so far, in words.
         line: what is printed of a trial that ended.
         write: writes the result of what is known, and returns it.
+        out: folder of the whole, which has to be this command's still when a trial starts.
+        sha256: of the tokens of each part of the data.
         log: told of every result, those of earlier runs first.
         verbose: show the logs of Ray and of the workers.
     """
@@ -84,7 +88,15 @@ def run_planned(
         running.add(trial.name)
         show()
 
-    results = run(lambda known: list(wanted(known)[0]), recipe, concurrency, started=started, verbose=verbose)
+    results = run(
+        lambda known: list(wanted(known)[0]),
+        recipe,
+        concurrency,
+        sha256=sha256,
+        check=lambda: check_owned(out),
+        started=started,
+        verbose=verbose,
+    )
     try:
         with closing(results):
             for result in results:
@@ -155,11 +167,14 @@ def tracked_trials(
         late: list[Result] = []
 
         def log(result: Result) -> None:
+            # One that hangs would hold up every trial.
+            if late:
+                late.append(result)
+                return
             try:
                 log_now(result)
             except tracking.ERRORS as error:
-                if not late:
-                    logger.warning("MLflow does not answer; trials are logged at the end: %s", first_line(error))
+                logger.warning("MLflow does not answer; trials are logged at the end: %s", first_line(error))
                 late.append(result)
 
         def log_now(result: Result) -> None:

@@ -156,7 +156,7 @@ def main(args: Namespace, console: Console) -> int:
         files=FILES,
     )
     with owned(options.out, "study"), mlflow as (log, finish):
-        result = _run(study, console, args.verbose, log)
+        result = _run(study, estimate.rows_sha256, console, args.verbose, log)
         finish(result)
     screens.study_summary(console, result, options.out)
     write_json(args.json, result)
@@ -301,7 +301,7 @@ def _figures(result: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _run(study: Study, console: Console, verbose: bool, log: Log) -> dict[str, Any]:
+def _run(study: Study, sha256: Mapping[str, str], console: Console, verbose: bool, log: Log) -> dict[str, Any]:
     """Run the trials that are missing, with the partial result on disk on the way; returns the whole result."""
     options = study.options
     return run_planned(
@@ -312,6 +312,8 @@ def _run(study: Study, console: Console, verbose: bool, log: Log) -> dict[str, A
         best=lambda done: _best(done, options.metric),
         line=lambda result: _line(result, options.metric),
         write=lambda done: _write(study, done),
+        out=options.out,
+        sha256=sha256,
         log=log,
         verbose=verbose,
     )

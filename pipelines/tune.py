@@ -140,7 +140,7 @@ def main(args: Namespace, console: Console) -> int:
         files=FILES,
     )
     with owned(options.out, "search"), mlflow as (log, finish):
-        result = _run(tuned, console, args.verbose, log)
+        result = _run(tuned, estimate.rows_sha256, console, args.verbose, log)
         finish(result)
     screens.tuning_summary(console, result, options.out)
     write_json(args.json, result)
@@ -286,7 +286,7 @@ def record(result: Result) -> dict[str, Any]:
     }
 
 
-def _run(tuned: Tuning, console: Console, verbose: bool, log: Log) -> dict[str, Any]:
+def _run(tuned: Tuning, sha256: Mapping[str, str], console: Console, verbose: bool, log: Log) -> dict[str, Any]:
     """Run the trials that are missing, with the partial result on disk after each; returns the whole result."""
     done: dict[str, dict[str, Any]] = {}
     running: dict[str, Trial] = {}
@@ -300,7 +300,6 @@ def _run(tuned: Tuning, console: Console, verbose: bool, log: Log) -> dict[str, 
         )
 
     def started(trial: Trial, at_once: int) -> None:
-        check_owned(tuned.options.out)
         running[trial.name] = trial
         progress.concurrency = at_once
         show()
@@ -320,7 +319,16 @@ def _run(tuned: Tuning, console: Console, verbose: bool, log: Log) -> dict[str, 
             write_seldom()
 
     try:
-        tuning.run(tuned.search(), tuned.recipe, tuned.proposals(), started=started, over=over, verbose=verbose)
+        tuning.run(
+            tuned.search(),
+            tuned.recipe,
+            tuned.proposals(),
+            sha256=sha256,
+            check=lambda: check_owned(tuned.options.out),
+            started=started,
+            over=over,
+            verbose=verbose,
+        )
     except KeyboardInterrupt:
         _write(tuned, done, running)
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,13 +127,33 @@ def test_damaged_checkpoints_are_refused(recipe_file: Path, tmp_path: Path, capf
     state.write_bytes(data)
     assert main(["export", str(newest), str(tmp_path / "a")]) == 2
     assert "state.safetensors does not match the SHA-256" in capfd.readouterr().err.replace("\n", " ")
-    # A run falls back to the newest checkpoint that verifies.
-    assert (
-        main(["export", str(recipe_file.parent / "run"), str(tmp_path / "b"), "--json", str(tmp_path / "b.json")]) == 0
-    )
-    assert json.loads((tmp_path / "b.json").read_text())["step"] == 15
+    # A finished run has a checkpoint of its end, and an unfinished one falls back to the newest that verifies.
+    run, summary = recipe_file.parent / "run", tmp_path / "b.json"
+    arguments = ["export", str(run), str(tmp_path / "b"), "--json", str(summary)]
+    assert main(arguments) == 2
+    message = capfd.readouterr().err.replace("\n", " ")
+    assert f"result.json names, {newest} (" in message
+    assert f"the newest that verifies is {run}/checkpoints/step-00000015" in message
+    (run / "result.json").unlink()
+    assert main(arguments) == 0
+    assert json.loads(summary.read_text())["step"] == 15
+    out = capfd.readouterr().out
+    assert "state.safetensors does not match the SHA-256 in COMMIT; taking step 15" in out
+    assert "step 15, from " in out
     assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "c")]) == 2
     assert "neither a checkpoint nor a checkpoints folder" in capfd.readouterr().err.replace("\n", " ")
+
+
+def test_uniform_rank_of_a_trial_without_checkpoints(recipe_file: Path, tmp_path: Path) -> None:
+    recipe, trainer = trained(recipe_file, adapter__target_rank=0.5)
+    trial = recipe_file.parent / "run"
+    shutil.rmtree(trial / "checkpoints")
+    summary, folder = tmp_path / "export.json", tmp_path / "served"
+    assert main(["export", str(trial), str(folder), "--uniform-rank", "--json", str(summary)]) == 0
+    told = json.loads(summary.read_text())
+    assert (told["checkpoint"], told["step"], told["uniform_rank"]) == (None, 20, 8)
+    assert {t.shape[0] for n, t in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in n} == {8}
+    check(trainer, *plain(recipe, folder))
 
 
 def run_card(folder: Path) -> dict:

@@ -90,14 +90,17 @@ def test_pulled_it_is_a_plain_adapter_with_the_registered_metric(
     recipe = parse(json.loads((folder / "pulled/registration.json").read_text())["recipe"])
     tokenizer = load_tokenizer(recipe.model)
     task = build_task(recipe, tokenizer)
-    base, other = (build_base(recipe, tokenizer, None) for _ in range(2))
+    assert main(["export", str(folder / "pulled"), str(folder / "served"), "--uniform-rank"]) == 0
+    base, *others = (build_base(recipe, tokenizer, None) for _ in range(3))
+    places = (str(folder / name) for name in ("pulled", "served"))
     values = []
-    for model in (base, PeftModel.from_pretrained(other, str(folder / "pulled"))):
+    for model in (base, *map(PeftModel.from_pretrained, others, places)):
         rows = [task.held_out[n] for n in range(len(task.held_out))]
         with torch.no_grad():
             sums = task.metric_sums(model.eval(), rows, torch.device("cpu")).tolist()
         values.append(sums[0] / sums[1])
     assert values[1] == pytest.approx(found["better"]["value"], abs=1e-5)
+    assert values[2] == pytest.approx(values[1], abs=1e-5), "as vLLM wants it"
     client = MlflowClient(tracking[1])
     logged = client.get_run(found["better"]["mlflow_run_id"]).data.metrics["held_out_loss"]
     tag = json.loads(client.get_model_version("arithmetic", "2").tags["hyperlora.value"])
@@ -226,8 +229,17 @@ def test_a_record_that_is_none_is_named(registered: tuple[Path, Any, dict[str, s
 )
 def test_what_makes_two_metrics_comparable(tmp_path: Path, changes: dict[str, Any], comparable: bool) -> None:
     one = small_recipe(tmp_path) | {"model": {"path": "builtin:storylm"}}
-    first, second = (evaluation_fingerprint(parse(content)) for content in (one, one | changes))
+    first, second = (evaluation_fingerprint(parse(content), {}) for content in (one, one | changes))
     assert (first == second) is comparable
+
+
+def test_metrics_on_rows_that_have_changed_since_are_not_compared(tmp_path: Path) -> None:
+    recipe = parse(small_recipe(tmp_path) | {"model": {"path": "builtin:storylm"}})
+    first, same, other = (
+        evaluation_fingerprint(recipe, {"rows_sha256": {"train": train, "eval": held_out}})
+        for train, held_out in (("a", "b"), ("c", "b"), ("a", "c"))
+    )
+    assert first == same != other
 
 
 def test_all_problems_at_once(tmp_path: Path, capfd: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,7 +163,7 @@ def test_what_cannot_be_resumed(recipe_file: Path, capfd: pytest.CaptureFixture)
     assert "this run is finished" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("change", ["another row", "another word"])
+@pytest.mark.parametrize("change", ["another row", "another word", "another word held out"])
 def test_a_run_does_not_go_on_with_other_rows(recipe_file: Path, change: str, capfd: pytest.CaptureFixture) -> None:
     original = [json.dumps({"question": f"What is {n} and 1?", "answer": f"#### {n + 1}"}) for n in range(64)]
     data = recipe_file.parent / "train.jsonl"
@@ -174,13 +175,15 @@ def test_a_run_does_not_go_on_with_other_rows(recipe_file: Path, change: str, ca
     kill_after_a_checkpoint(recipe_file, *changes)
     other = original[0].replace("0 and", "7 and")
     rows = [*original, other] if change == "another row" else [other, *original[1:]]
-    data.write_text("\n".join(rows))
+    part = "eval" if "held out" in change else "train"
+    (data.parent / f"{part}.jsonl").write_text("\n".join(rows[:8] if part == "eval" else rows))
     capfd.readouterr()
     assert main([*command(recipe_file, *changes), "--resume"]) == 2
     message = " ".join(capfd.readouterr().err.split())
-    assert f"data: got '{len(rows)} training rows, " in message
-    assert "was trained on: 64, SHA-256 of their tokens" in message
+    assert re.search(rf"data\.{part}: got '[0-9a-f]{{64}}'; the rows of \S+, SHA-256 of whose tokens is", message)
+    assert message.count("data.") == 1
     data.write_text("\n".join(original))
+    (data.parent / "eval.jsonl").write_text("\n".join(original[:8]))
     run(recipe_file, *changes, "--resume")
 
 

@@ -87,3 +87,10 @@ def test_reports_and_trials_are_below_the_storage(
     assert main(command) == 0
     again = storage.tree(out)
     assert {p for p in again if p.startswith("trials/")} == {p for p in files if p.startswith("trials/")}
+    # What was made of other rows is not mixed in.
+    one = next(path for path in files if path.endswith("/result.json"))
+    outcome = storage.unsealed(json.loads(storage.read(f"{out}/{one}")))
+    outcome["rows_sha256"]["eval"] = "other"
+    storage.write(f"{out}/{one}", storage.sealed(outcome))
+    assert main(command) == 2
+    assert "SHA-256 of whose tokens is other" in " ".join(capfd.readouterr().err.split())

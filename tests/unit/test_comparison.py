@@ -253,6 +253,17 @@ def test_failed_and_missing_trials_are_left_out_and_named() -> None:
     assert "is met" not in result["verdict"]
 
 
+def test_a_crash_in_the_search_of_the_rate_is_told_and_a_divergence_is_not() -> None:
+    search_of = [*search("adalora"), *search("new")]
+    at = next(n for n, r in enumerate(search_of) if r["contestant"] == "new")
+    search_of[at] |= {"status": "failed", "reason": "OutOfMemoryError: x", "outcome": None}
+    records = [*search_of, *(record(name, decay(), seed=s) for name in ("adalora", "new") for s in (1, 2))]
+    told = "Crashed, so that their learning rates count as infinitely bad until the same command repeats them: 1 trial"
+    assert told not in analyse(records, plan("adalora", "new", seeds=(1, 2)))["verdict"]
+    search_of[at]["crashed"] = True
+    assert told in analyse(records, plan("adalora", "new", seeds=(1, 2)))["verdict"]
+
+
 def test_trials_at_another_rate_than_the_best_are_not_mixed_in() -> None:
     records = [*search("adalora"), record("adalora", decay(), seed=1), record("adalora", decay(3.0), seed=2, lr=0.001)]
     result = analyse(records, plan("adalora", seeds=(1, 2)))

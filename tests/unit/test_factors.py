@@ -94,6 +94,53 @@ def test_all_unsuitable_layers_are_named() -> None:
         assert part in str(error.value)
 
 
+class Experts(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Mixture(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.experts = Experts(*shape)
+
+
+def test_parameters_of_several_experts_are_refused() -> None:
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.weight"])
+    with pytest.raises(ValueError, match=r"experts: a parameter of 4 experts \(target_parameters\) is not supported"):
+        adapted_modules(get_peft_model(Mixture(4, 8, 8), config))  # type: ignore[arg-type]
+    (module,) = adapted_modules(get_peft_model(Mixture(8, 6), config))  # type: ignore[arg-type]
+    assert (module.a.shape, module.b.shape) == ((2, 6), (8, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_update_is_a_product_that_is_not_zero(dtype: torch.dtype) -> None:
+    layout = FactorLayout(adapted_modules(build_llama(dtype=dtype)))
+    assert not layout.holds_update().any(), "B is zero"
+    for weights in layout.classes:
+        weights.buffer.normal_()
+    for a in layout.inputs:
+        a.buffer[:, 2:] = 0.0
+    for b in layout.outputs:
+        b.buffer[:, :, :2] = 0.0
+    # Products that cancel but for the rounding of a common turn of both.
+    turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    for a in layout.inputs:
+        a.buffer.copy_(turn @ a.buffer.double())
+    for b in layout.outputs:
+        b.buffer.copy_(b.buffer.double() @ turn.T)
+    assert all(w.abs().sum() > 0 for c in layout.classes for w in c.weights)
+    assert not layout.holds_update().any()
+    with torch.no_grad():
+        layout.modules[5].b.copy_(1e-6 * layout.modules[5].a.sum(1))
+        layout.modules[9].b[0, 0] = float("nan")
+    assert layout.holds_update().nonzero().flatten().tolist() == [5, 9]
+
+
 def test_no_adapter() -> None:
     with pytest.raises(ValueError, match="no linear LoRA layer"):
         adapted_modules(nn.Linear(2, 2))

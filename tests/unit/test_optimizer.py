@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import RULES, VARIANTS, build_batch, build_llama, build_optimizer, train_steps
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from processes import FORKSERVER
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -27,6 +27,12 @@ STEPS = 30
 
 def adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+
+def no_gradients(optimizer: HyperAdaLoRA) -> None:
+    """Gradients of A and B that are zero."""
+    for module in optimizer.layout.modules:
+        module.a.grad, module.b.grad = torch.zeros_like(module.a), torch.zeros_like(module.b)
 
 
 @pytest.mark.parametrize(("method", "rule"), VARIANTS)
@@ -270,6 +276,74 @@ def test_arguments(changes: dict, message: str) -> None:
         HyperAdaLoRA(build_llama(), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("method", "rule"), [("hyperadalora", "hybrid"), ("adalora", "direct"), ("hyperlora", "generate")]
+)
+def test_an_update_is_not_overwritten(method: str, rule: str, tmp_path: Path) -> None:
+    trained = build_llama()
+    train_steps(trained, build_optimizer(trained, "lora"), 2)
+    trained.save_pretrained(tmp_path)
+    ids = build_batch()
+    wanted = trained(input_ids=ids).logits
+    model = PeftModel.from_pretrained(build_llama().unload(), tmp_path, is_trainable=True).double()
+    with pytest.raises(
+        ValueError,
+        match=rf"an update, which method '{method}' .*: B A is not zero in model.layers.0.self_attn.q_proj, .* and 11 "
+        r"more; allowed: a new adapter .*merge_and_unload.*replace=True",
+    ):
+        build_optimizer(model, method, rule)
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted)
+
+    build_optimizer(model, "lora")
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted)
+    # Merged into the base, it is where a new adapter starts.
+    merged = get_peft_model(model.merge_and_unload(), LoraConfig(r=4, target_modules="all-linear")).double()
+    build_optimizer(merged, method, rule)
+    torch.testing.assert_close(merged(input_ids=ids).logits, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_an_update_is_overwritten_where_a_state_follows() -> None:
+    model = build_llama()
+    optimizer = build_optimizer(model, "adalora")
+    train_steps(model, optimizer, 3)
+    state, weights = copy.deepcopy(optimizer.state_dict()), adapter(model)
+    with pytest.raises(ValueError, match="B A is not zero"):
+        build_optimizer(model, "adalora")
+    again = build_optimizer(model, "adalora", replace=True)
+    assert not any(m.a.any() for m in again.layout.modules)
+    again.load_state_dict(state)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in adapter(model).items())
+
+
+@pytest.mark.parametrize("initialization", ["orthogonal", "gaussian", "olora", "pissa"])
+def test_of_pefts_initializations_those_that_hold_no_update_are_taken(initialization: str) -> None:
+    base = build_llama().unload()
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=initialization)  # type: ignore[arg-type]
+    model = get_peft_model(base.float(), config)
+    build_optimizer(model, "hyperlora")
+    if initialization in ("orthogonal", "gaussian"):
+        build_optimizer(model)
+        return
+    with pytest.raises(ValueError, match="not 'pissa' or 'olora'"):
+        build_optimizer(model)
+
+
+def test_a_step_without_gradients() -> None:
+    model = build_llama()
+    head = model.get_base_model().lm_head.weight.requires_grad_()
+    optimizer = build_optimizer(model)
+    head.grad = torch.ones_like(head)
+    with pytest.raises(RuntimeError, match=r"no parameter of the adapter has a gradient: was loss.backward\(\) called"):
+        optimizer.step()
+    assert optimizer.steps_done == 0
+    module = optimizer.layout.modules[3]
+    before = module.b.detach().clone()
+    module.b.grad = torch.ones_like(module.b)
+    optimizer.step()
+    assert optimizer.steps_done == 1
+    assert not torch.equal(module.b, before)
+
+
 def test_too_many_metrics() -> None:
     model = build_llama()
     optimizer = build_optimizer(model)
@@ -289,6 +363,28 @@ def test_a_model_whose_weights_were_replaced_is_found_again() -> None:
     assert all(c.attached() for c in optimizer.layout.classes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("method", ["hyperdora", "dora"])
+def test_a_model_that_is_cast_afterwards_trains_all_that_it_has(method: str, dtype: torch.dtype) -> None:
+    """As ``model.double()`` does, and TRL's trainers with what is trainable in a quantized model."""
+    model = build_llama(dora=True, dtype=torch.float32)
+    model.get_base_model().lm_head.weight.requires_grad_()
+    optimizer = build_optimizer(model, method)
+    train_steps(model, optimizer, 2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    model.to(dtype)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {n.split(".")[-2] for n in named} == {"default", "lm_head"}
+    before = {n: p.detach().clone() for n, p in named.items()}
+    train_steps(model, optimizer, 1)
+    train_steps(model, optimizer, 1)
+    for name, parameter in named.items():
+        assert not torch.equal(parameter, before[name]), name
+        assert parameter.dtype == (torch.float32 if ".lora_A." in name or ".lora_B." in name else dtype), name
+
+
 def test_bfloat16_adapters_keep_float32_factors() -> None:
     model = build_llama(dtype=torch.bfloat16)
     optimizer = build_optimizer(model, "hyperadalora", lr=3e-3)
@@ -305,6 +401,7 @@ def test_small_steps_of_a_bfloat16_head_add_up(method: str) -> None:
     head.data.fill_(1.0)
     optimizer = build_optimizer(model, method, other_lr=1e-4)
     for _ in range(STEPS):
+        no_gradients(optimizer)
         head.grad = torch.ones_like(head)
         optimizer.step()
         optimizer.zero_grad()
@@ -315,6 +412,7 @@ def test_small_steps_of_a_bfloat16_head_add_up(method: str) -> None:
     again = build_optimizer(model, method, other_lr=1e-4)
     again.load_state_dict(optimizer.state_dict())
     for _ in range(STEPS):
+        no_gradients(again)
         head.grad = torch.ones_like(head)
         again.step()
     assert torch.equal(head, torch.full_like(head, 1 - 2e-4 * STEPS))
@@ -335,6 +433,7 @@ def test_a_scheduler_drives_all_rates() -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     rates = [g["lr"] for g in optimizer.param_groups]
     assert rates == [1e-2, 1e-3, 2e-3, 1e-2]
+    no_gradients(optimizer)
     optimizer.step()
     scheduler.step()
     assert [g["lr"] for g in optimizer.param_groups] == [r / 2 for r in rates]

@@ -162,6 +162,8 @@ def test_resumed_searches_go_on_counting(clock: Clock, monkeypatch: pytest.Monke
         best=lambda done: "best t1 0.5" if "t1" in done else "",
         line=lambda result: f"{result.trial.name} {result.status}",
         write=lambda done: {},
+        out="",
+        sha256={},
     )
     assert screen.getvalue().splitlines() == [
         "    0 s  t2 failed  (3/4  1 running  2 failed  best t1 0.5  about 60 s left)",

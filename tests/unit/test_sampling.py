@@ -9,6 +9,7 @@ import numpy as np
 import optuna
 import pytest
 
+from hyperlora import sampling
 from hyperlora.sampling import Objective, Proposals, Searched
 
 PARAMETERS = [
@@ -98,6 +99,10 @@ def test_no_point_twice_and_an_end() -> None:
         seen.append(values["kind"])
         source.tell(values, "finished", [1.0])
     assert sorted(seen) == ["a", "b", "c"]
+    again = Proposals("tpe", Searched(few, kinds, lambda v: None), [Objective("loss", False)], 0)
+    for kind in seen:
+        again.tell({"kind": kind}, "finished", [1.0])
+    assert again.ask() is None
 
 
 def test_the_grid_is_walked_once() -> None:
@@ -138,6 +143,48 @@ def test_what_an_earlier_run_found_is_known() -> None:
     for values in points:
         known.tell(values, "finished", [loss(values)])
     assert known.ask() not in points
+
+
+def seldom(values: dict[str, Any]) -> str | None:
+    """Three of ten points can be run."""
+    return "x above 0.0158" if values["x"] > 10**-2.8 else None
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_search_goes_on_where_an_earlier_run_needed_more_draws_than_one_point_has(
+    sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every further run; TPE by chance, as where it insists on what is refused."""
+    monkeypatch.setattr(sampling, "INSISTS", 0)
+    known: list[dict[str, Any]] = []
+    for count in (450, 3, 3):
+        source = proposals(sampler, infeasible=seldom)
+        for values in known:
+            source.tell(values, "finished", [loss(values)])
+        for _ in range(count):
+            new = source.ask()
+            assert new is not None
+            assert new not in known
+            known.append(new)
+
+
+def test_a_point_that_goes_on_is_one_of_an_earlier_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "DRAWS", 1)
+    first = proposals("random").ask()
+    source = proposals("random")
+    assert first is not None
+    source.resume(first)
+    assert source.ask() not in (first, None)
+
+
+def test_random_draws_do_not_run_out_where_few_points_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of ten, and now and then none of the first twenty draws is one."""
+    monkeypatch.setattr(sampling, "INSISTS", 20)
+    monkeypatch.setattr(sampling, "DRAWS", 100)
+    source = proposals("random", infeasible=seldom)
+    points = [source.ask() for _ in range(400)]
+    assert None not in points
+    assert len({str(p) for p in points}) == 400
 
 
 def test_points_that_fail_or_are_stopped_are_kept_away_from() -> None:

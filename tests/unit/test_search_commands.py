@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ import trials
 from mlflow import MlflowClient
 from rich.console import Console
 
-from hyperlora import capacity, runs, search, tracking, tuning
+from hyperlora import capacity, runs, search, storage, tracking, tuning
 from hyperlora.capacity import Group, Growth, Node
-from hyperlora.config import Recipe
+from hyperlora.config import Recipe, RecipeError
 from hyperlora.field import Entry
+from hyperlora.ownership import ReplacedError
 from hyperlora.preflight import inspect
 from hyperlora.sampling import Objective, Proposals, Searched
 from hyperlora.search import DIVERGED, Result, Trial, write
@@ -446,6 +448,40 @@ def test_the_next_run_of_a_planned_search_drops_those_of_diverged_trials(tmp_pat
     assert not with_checkpoints(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("rows", "refused"), [({"train": "a", "eval": "b"}, False), ({"train": "a", "eval": "c"}, True), (None, False)]
+)
+def test_results_of_other_rows_are_not_mixed_in(
+    rows: dict[str, str] | None, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = {"evaluations": [{"step": 5, "loss": 1.0}]} | ({"rows_sha256": rows} if rows else {})
+    made = trial(tmp_path, "t0001", values={"x": 1}, result=json.loads(storage.sealed(outcome)), reports=[])
+    now = {"train": "a", "eval": "b"}
+    for go_on in (
+        lambda: list(search.run(lambda done: [made], made.recipe, 1, sha256=now)),
+        lambda: tuned(tmp_path, 1, sha256=now),
+    ):
+        if refused:
+            with pytest.raises(RecipeError, match=r"data.eval: got 'b'; the rows of \S+, SHA-256 of whose tokens is c"):
+                go_on()
+        else:
+            go_on()
+
+
+def test_a_search_that_was_taken_over_starts_nothing(tmp_path: Path) -> None:
+    made = Trial("new", str(tmp_path / "trials/new"), load_recipe("quickstart", ["ray.num_workers=1"]))
+
+    def check() -> None:
+        raise ReplacedError("taken over")
+
+    driver = tuning._Driver(
+        Search(str(tmp_path), 1, lambda name, values: made, []), Mock(), [], check, Mock(), Mock(), Mock()
+    )
+    with pytest.raises(ReplacedError):
+        driver.next()
+    assert not (tmp_path / "trials").exists()
+
+
 def test_what_a_diverged_trial_reported_still_counts_at_the_rungs(tmp_path: Path) -> None:
     """As in a search that was not interrupted: Ray Tune lets a failed trial's reports stand."""
     made = trial(tmp_path, "t0001", values={"x": 1}, reports=[{"step": 3, "loss": 1.0}])
@@ -476,3 +512,32 @@ def test_mlflow_knows_with_what_a_search_was_taken_up_again(tmp_path: Path) -> N
     found = [[r.data.tags[f"hyperlora.{k}"] for k in ("metric", "seeds", "data_fingerprint")] for r in (first, again)]
     assert found == [["accuracy", "[1, 2]", "a"], ["held_out_loss", "[1, 2, 3]", "b"]]
     assert again.data.tags["mlflow.runName"] == "name"
+
+
+def test_once_mlflow_has_failed_trials_wait_for_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each would wait for a server that hangs."""
+    told: list[str] = []
+    away = True
+
+    def log_trial(recipe: Recipe, parent: str, name: str, *known: Any) -> None:
+        told.append(name)
+        if away:
+            raise TimeoutError("no answer")
+
+    monkeypatch.setattr(tracking, "start_search", lambda *known: "run")
+    monkeypatch.setattr(tracking, "log_trial", log_trial)
+    monkeypatch.setattr(tracking, "finish_search", lambda *known: told.append("the end"))
+    recipe = load_recipe("quickstart", ["mlflow.enabled=true"])
+    plan = {"provenance": dict.fromkeys(("recipe_fingerprint", "data_fingerprint"), "a")}
+    options: dict[str, Any] = {"record": tune.record, "figures": lambda result: {}, "files": ()}
+    with searching.tracked_trials(recipe, str(tmp_path), plan, "tuning", (), **options) as (log, finish):
+        for name in ("t1", "t2", "t3"):
+            log(ended(trial(tmp_path, name, values={}), False))
+        assert told == ["t1"]
+        assert len(caplog.records) == 1
+        away = False
+        finish({"complete": True})
+    assert told == ["t1", "t1", "t2", "t3", "the end"]
+    assert len(caplog.records) == 1

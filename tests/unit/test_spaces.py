@@ -39,6 +39,7 @@ def estimate(modules: int = MODULES) -> Estimate:
     counts = dict.fromkeys(("train_rows", "held_out_rows", "base_parameters", "layers"), 100)
     memory = dict.fromkeys(("base_bytes", "adapter_bytes", "activation_bytes"), 0)
     return Estimate(
+        rows_sha256={},
         **counts,
         **memory,
         steps=STEPS,

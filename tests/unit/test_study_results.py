@@ -19,6 +19,7 @@ from hyperlora.effects import factor, interactions, least_squares, main_effects
 from hyperlora.importance import importances
 from hyperlora.study import analyse, front, row
 from hyperlora.study_page import study_page
+from hyperlora.study_verdict import verdict
 
 KNOBS: list[dict[str, Any]] = [
     {"key": "pruning.interval", "label": "ΔT", "choices": (), "low": 2, "high": 20, "log": True},
@@ -227,6 +228,28 @@ def test_the_verdict_names_the_knob_and_the_setting() -> None:
     assert "Dynamic rank pays on this task: against uniform LoRA of rank 4 (learning rate 0.002" in text
     assert "The points keep the recipe's learning rate, 0.003; only LoRA's was chosen." in text
     assert "One of the 200 held-out rows is 0.50 points" in text
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [((5e-4, 1e-3, 2e-3), "(the highest, 0.002)"), ((2e-3, 4e-3), "(the lowest, 0.002)"), ((1e-3, 2e-3, 4e-3), "")],
+)
+def test_a_reference_that_is_not_tuned_to_the_end_is_named(
+    rates: tuple[float, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperlora.study.importances", lambda *known: {})  # forests take a second
+    records = [point(n, s, 0.8 + 0.01 * n) for n in range(2) for s in SEEDS]
+    for lr in rates:
+        records.append(lora(0, 0.1, lr=lr))
+        records[-1]["outcome"]["losses"] = trials.STEPS * [1.0 + abs(lr - 2e-3)]
+    running = analyse(records, plan(points=GRID[:2]))
+    assert "Not tuned to the end" not in running["verdict"], "nothing rests on it yet"
+    result = analyse([*records, *(lora(s, 0.7) for s in SEEDS)], plan(points=GRID[:2]))
+    sentence = "Not tuned to the end, since the best learning rate is the last one tried: uniform LoRA of rank 4 "
+    assert (f"{sentence}{said}." in result["verdict"]) == bool(said)
+    assert ("Not tuned to the end" in result["verdict"]) == bool(said)
+    del result["reference_measured"]["edge"]
+    assert "Not tuned to the end" not in verdict(result), "an earlier version's result"
 
 
 def test_where_the_learning_rate_is_searched_the_verdict_names_none() -> None:

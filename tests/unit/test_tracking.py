@@ -169,6 +169,20 @@ def test_a_record_that_is_refused_does_not_hold_up_the_others(
     assert f"MLflow run {run_id} goes on without what it refuses: step 3: " in warning.getMessage()
 
 
+def test_a_lower_bound_has_no_upper_end(uri: str, client: MlflowClient, run_id: str) -> None:
+    known = {"mean": 1.2, "low": 1.1, "high": 1.3, "n": 5}
+    ratios = {"steps_to_final_ratio": known | {"reached": 3}, "steps_to_90_ratio": known | {"reached": 5}}
+    contestant = {"name": "lora", "summary": {"final_loss": known}, "against_baseline": ratios}
+    tracking.finish_comparison(recipe(uri), run_id, {"contestants": [contestant]}, ())
+    ends = {"": 1.2, "_low": 1.1, "_high": 1.3}
+    final = {"": 1.2, "_low": 1.1, "_reached": 3}
+    assert client.get_run(run_id).data.metrics == (
+        {f"lora/final_loss{end}": value for end, value in ends.items()}
+        | {f"lora/steps_to_final_ratio_against_baseline{end}": value for end, value in final.items()}
+        | {f"lora/steps_to_90_ratio_against_baseline{end}": value for end, value in (ends | {"_reached": 5}).items()}
+    )
+
+
 def test_data_and_runs_beside_the_code_are_no_change_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert tracking.git_state() == {}

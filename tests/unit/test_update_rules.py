@@ -15,6 +15,7 @@ from hyperlora.update_rules import (
     DirectFactors,
     GeneratedFactors,
     LearningRates,
+    ParameterAdam,
     UpdateRule,
     build_networks,
     copy_state,
@@ -252,6 +253,23 @@ def test_adam_is_torchs_adamw() -> None:
         theirs.grad = gradient.clone()
         reference.step()
         torch.testing.assert_close(mine, theirs.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("cast", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("start", [torch.float32, torch.bfloat16])
+def test_a_parameter_whose_data_was_replaced_goes_on_from_there(start: torch.dtype, cast: torch.dtype) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 3, dtype=start))
+    adam = ParameterAdam([parameter], AdamSettings(), torch.float32)
+    adam.step([torch.ones(2, 3)], 0.125, TAKEN)
+    # Transposed, so that the new data is not contiguous either.
+    parameter.data = torch.full((3, 2), 3.0, dtype=cast).T
+    adam.step([torch.ones(2, 3)], 0.125, TAKEN)
+    assert parameter.dtype == cast
+    torch.testing.assert_close(parameter.detach(), torch.full((2, 3), 2.875, dtype=cast), rtol=1e-6, atol=0)
+    state = adam.state("adam")
+    assert state["adam.steps.0"] == 2
+    parameter.data = parameter.data.to(cast).contiguous()
+    assert ("adam.value.0" in adam.state("adam")) == (cast != torch.float32)
 
 
 @pytest.mark.parametrize("rule", RULES)
