@@ -40,7 +40,7 @@ BATCH = 1000
 MANIFEST = "rows.json"
 DAMAGED = f"is damaged: it differs from size and SHA-256 in {MANIFEST}"
 #: Changes whenever what is written here does.
-LAYOUT = 3
+LAYOUT = 4
 Columns = dict[str, list[Any]]
 Encode = Callable[[list[dict[str, Any]]], Columns]
 Say = Callable[[str], None]
@@ -77,7 +77,8 @@ class Packed:
         Args:
             part: ``train`` or ``eval``.
             name: ``rows``, ``longest`` and ``longest_prompt`` (tokens), ``largest`` (token), ``targets``, or rows that
-                were ``cut``, are ``empty`` (without a target) or ``unanswered`` (without a final answer).
+                were ``cut``, are ``empty`` (without a target) or ``unanswered`` (without a final answer), or whose
+                completion is ``long`` (more than task.max_new_tokens).
         """
         return int(self.content["parts"][part][name])
 
@@ -266,7 +267,7 @@ def _tell(say: Say, part: str, rows: int) -> None:
 def _write_part(
     path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema, encode: Encode, say: Callable[[int], None]
 ) -> dict[str, Any]:
-    names = ("rows", "longest", "longest_prompt", "largest", "targets", "cut", "empty", "unanswered")
+    names = ("rows", "longest", "longest_prompt", "largest", "targets", "cut", "empty", "unanswered", "long")
     found: dict[str, Any] = dict.fromkeys(names, 0)
     digest = hashlib.sha256()
     told = time.monotonic()
@@ -274,6 +275,7 @@ def _write_part(
         while some := list(islice(rows, BATCH)):
             columns = encode(some)
             found["cut"] += sum(columns.pop("cut"))
+            found["long"] += sum(columns.pop("long", ()))
             found["unanswered"] += sum(not answer for answer in columns.get("answer", ()))
             ids, weights = columns["input_ids"], columns["weight"]
             found["rows"] += len(some)

@@ -51,7 +51,8 @@ class Estimate:
     ``activation_bytes`` follows Korthikanti et al. (arXiv 2205.05198, table 2, without the attention matrix, which
     fused kernels do not keep): 34 bytes per token, hidden unit and layer in 16 bits, twice that in 32. In 16 bits
     PEFT's layers keep a float32 copy of every adapted module's input besides. Recomputation keeps the layers' inputs,
-    and at a time either one layer's activations or the logits with their float32 copy, softmax and gradient.
+    and at a time either one layer's activations or the logits with their float32 copy, softmax and gradient. Where the
+    logits of an evaluation's batch are more than all that, it is these.
     """
 
     rows: str
@@ -174,6 +175,11 @@ def _notes(recipe: Recipe, packed: Packed) -> list[str]:
             found.append(f"{cut:,} of {rows:,} {words} rows are cut at task.max_length={recipe.task.max_length}{more}")
     if unanswered := packed.count("eval", "unanswered"):
         found.append(f"{unanswered:,} held-out rows have no final answer (#### 12) and count as wrong")
+    if long := packed.count("eval", "long"):
+        found.append(
+            f"{long:,} of {packed.count('eval', 'rows'):,} held-out completions are longer than "
+            f"task.max_new_tokens={recipe.task.max_new_tokens}, where generation stops"
+        )
     return found
 
 
@@ -288,6 +294,8 @@ def _activations(recipe: Recipe, task: Task, model: PeftModel, layers: int, hidd
     every_layer = 34 * hidden * width // 2 * layers + copied
     vocabulary = 0 if task.num_labels is not None else int(model.get_base_model().config.vocab_size)  # type: ignore
     logits = vocabulary * (12 + width)
+    evaluated = recipe.training.eval_batch_size * min(recipe.task.max_length, task.packed.count("eval", "longest"))
+    evaluation = evaluated * vocabulary * width
     if recipe.model.gradient_checkpointing:
-        return tokens * (2 * width * hidden * layers + max(every_layer // layers, logits))
-    return tokens * (every_layer + logits)
+        return max(evaluation, tokens * (2 * width * hidden * layers + max(every_layer // layers, logits)))
+    return max(evaluation, tokens * (every_layer + logits))

@@ -69,7 +69,7 @@ def build_task(
 
         def build(folder: Path) -> None:
             parts: dict[str, Iterator[Row]] = {part: read_rows(recipe.data, recipe.task.kind, part) for part in PARTS}
-            write(folder, parts, family.columns, task.encode, labels, say)
+            write(folder, parts, task.columns, task.encode, labels, say)
 
         packed = obtain(_fingerprint(recipe, tokenizer, found, labels), build, shared)
     task.packed, task.train, task.held_out = packed, packed.rows("train"), packed.rows("eval")

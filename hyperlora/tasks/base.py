@@ -92,10 +92,17 @@ class Task(ABC):
 
 
 def next_token_loss_sum(model: nn.Module, batch: Batch) -> Tensor:
-    """Summed cross-entropy of the next token where ``labels`` is not ignored; logits in at least float32."""
+    """Summed cross-entropy of the next token where ``labels`` is not ignored; logits in at least float32.
+
+    Without gradients row by row, so that no copy of all logits is needed.
+    """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
     targets = batch["labels"][:, 1:]
-    return F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORED, reduction="sum"
-    )
+    if torch.is_grad_enabled():
+        return _loss_sum(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    return torch.stack([_loss_sum(*row) for row in zip(logits, targets, strict=True)]).sum()
+
+
+def _loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")

@@ -49,6 +49,10 @@ class Classification(Task):
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] = ()) -> None:
         super().__init__(recipe, tokenizer, labels)
         self.num_labels = len(labels)
+        # Which of a pair's sentences a token is of; of one sentence it is what a model assumes anyway.
+        self._segments = recipe.data.text_pair is not None and "token_type_ids" in tokenizer.model_input_names
+        if self._segments:
+            self.columns = self.columns.append(pa.field("token_type_ids", TOKENS))
         self.label_index = {name: n for n, name in enumerate(labels)}
 
     def encode(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -58,13 +62,26 @@ class Classification(Task):
         encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.recipe.task.max_length)
         ids = encoded["input_ids"]
         labels = [self.label_index[str(row[data.label])] for row in rows]
-        return {"input_ids": ids, "labels": labels, "weight": [1] * len(ids), "cut": self._cut(encoded)}
+        columns = {"input_ids": ids, "labels": labels, "weight": [1] * len(ids), "cut": self._cut(encoded)}
+        return columns | ({"token_type_ids": encoded["token_type_ids"]} if self._segments else {})
+
+    def collate(self, rows: list[dict[str, Any]], device: torch.device) -> Batch:
+        batch = super().collate(rows, device)
+        if not self._segments:
+            return batch
+        segments = torch.zeros(batch["input_ids"].shape, dtype=torch.long)
+        for n, row in enumerate(rows):
+            segments[n, : len(row["token_type_ids"])] = torch.tensor(row["token_type_ids"])
+        return batch | {"token_type_ids": segments.to(device, non_blocking=True)}
 
     def _labels(self, rows: list[dict[str, Any]], longest: int) -> Tensor:
         return torch.tensor([row["labels"] for row in rows])
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        if "token_type_ids" in batch and getattr(model.config, "type_vocab_size", 0) > 1:  # BERT's, for one
+            inputs["token_type_ids"] = batch["token_type_ids"]
+        logits = model(**inputs).logits
         return logits if logits.dtype.itemsize >= 4 else logits.float()
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from hyperlora.tasks.base import IGNORED, TOKENS, Batch, Task, next_token_loss_sum
 
-_FINAL = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
+#: Sign, number, and what makes it another number or none: 3/4, 1e5, 5-6, 1.2.3.
+_FINAL = re.compile(
+    r"####[\s$*]*(?:([-\N{MINUS SIGN}])[$*]*)?(\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
+    r"([\w^=+]| ?/|[.,:*\N{MINUS SIGN}\N{EN DASH}-]\d)?"
+)
 
 
-def final_answer(text: str) -> str | None:
-    """The number after the first ``####``, without thousands separators; None if there is none."""
-    found = _FINAL.search(text)
-    return found.group(1).replace(",", "") if found else None
+def final_answer(text: str, *, last: bool = False) -> str | None:
+    """The number after the first ``####``, or the last, without thousands separators; None if there is none."""
+    found = list(_FINAL.finditer(text))
+    if not found:
+        return None
+    sign, number, more = found[-1 if last else 0].groups()
+    return None if more else ("-" if sign else "") + number.replace(",", "")
+
+
+def same_answer(found: str | None, expected: str) -> bool:
+    """Whether two final answers are one number; an empty one is none."""
+    if not found or not expected:
+        return False
+    return Decimal(found) == Decimal(expected)
 
 
 class Generation(Task):
-    """Loss on the completion alone; metric: share of held-out rows whose final answer is exactly right."""
+    """Loss on the completion alone; metric: share of held-out rows whose final answer, decoded greedily, is right."""
 
     metric = "exact_match"
 
@@ -48,8 +65,10 @@ class Generation(Task):
             "labels": labels,
             "weight": [sum(t != IGNORED for t in row[1:]) for row in labels],
             "prompt_ids": prompt_ids,
-            "answer": [final_answer(c) or "" for c in completions],
+            "answer": [final_answer(str(row[data.completion]), last=True) or "" for row in rows],
             "cut": [len(p) + len(c) > task.max_length for p, c in zip(prompt_ids, completion_ids, strict=True)],
+            # An answer is whole without the end token.
+            "long": [len(c) - bool(self.tokenizer.eos_token) > task.max_new_tokens for c in completion_ids],
         }
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -61,14 +80,26 @@ class Generation(Task):
         pad = int(self.tokenizer.pad_token_id or 0)
         ids = torch.tensor([[pad] * (longest - len(r["prompt_ids"])) + r["prompt_ids"] for r in rows], device=device)
         seen = torch.tensor([[0] * (longest - len(r["prompt_ids"])) + [1] * len(r["prompt_ids"]) for r in rows])
-        output = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=seen.to(device),
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        inherited = base.generation_config
+        own = inherited.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        greedy = GenerationConfig(
             max_new_tokens=self.recipe.task.max_new_tokens,
             do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
             pad_token_id=pad,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=sorted(ends) or None,
         )
+        # What it is not told, generate takes from the model's own: bans, penalties, beams.
+        base.generation_config = greedy
+        try:
+            output = model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=seen.to(device), generation_config=greedy
+            )
+        finally:
+            base.generation_config = inherited
         texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-        sums[2] = sum(final_answer(t) == row["answer"] for t, row in zip(texts, rows, strict=True))
+        sums[2] = sum(same_answer(final_answer(t), row["answer"]) for t, row in zip(texts, rows, strict=True))
         return sums

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from sentencepiece import SentencePieceTrainer
 from transformers import AutoModelForSequenceClassification
 
-from hyperlora.adapters import attach, load_config
+from hyperlora.adapters import attach, load_config, load_tokenizer
 from hyperlora.factors import adapted_modules
 from pipelines.common import load_recipe
 
@@ -42,3 +46,20 @@ def test_glue_has_the_budget_and_the_rates_of_the_adalora_authors(
     assert len(modules) == 72, "and none of the head"
     for layer in range(12):
         assert {m.short_name.removesuffix("_proj") for m in modules if m.layer == layer} == LINEARS
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone(tmp_path: Path) -> None:
+    """DeBERTa-v3's repositories have no other."""
+    text = tmp_path / "text"
+    text.write_text("\n".join(f"the cat number {n} saw {7 * n} dogs" for n in range(300)))
+    special = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "unk": "[UNK]"}
+    pieces = {f"{name}_piece": piece for name, piece in special.items()}
+    ids = {f"{name}_id": n for n, name in enumerate(special)}
+    SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "spm"), vocab_size=60, minloglevel=2, **pieces, **ids
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deberta-v2"}))
+    tokenizer = load_tokenizer(load_recipe("deberta-v3-base-rte", [f"model.path={tmp_path}"]).model)
+    encoded = tokenizer("the cat", "dogs")
+    assert tokenizer.decode(encoded["input_ids"]) == "[CLS] the cat[SEP] dogs[SEP]"
+    assert tokenizer.pad_token == "[PAD]"
