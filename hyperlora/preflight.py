@@ -292,7 +292,8 @@ def _activations(recipe: Recipe, task: Task, model: PeftModel, layers: int, hidd
     tokens = per_pass * min(recipe.task.max_length, task.packed.count("train", "longest"))
     copied = 4 * sum(m.in_features or 0 for m in model.modules() if isinstance(m, LoraLayer)) if width < 4 else 0
     every_layer = 34 * hidden * width // 2 * layers + copied
-    vocabulary = 0 if task.num_labels is not None else int(model.get_base_model().config.vocab_size)  # type: ignore
+    config: PretrainedConfig = model.get_base_model().config  # type: ignore[assignment]
+    vocabulary = 0 if task.num_labels is not None else int(config.get_text_config().vocab_size)
     logits = vocabulary * (12 + width)
     evaluated = recipe.training.eval_batch_size * min(recipe.task.max_length, task.packed.count("eval", "longest"))
     evaluation = evaluated * vocabulary * width
