@@ -24,6 +24,9 @@ from hyperlora.storage import patiently
 # Ranks that vLLM's --max-lora-rank takes (vllm/config/lora.py, MaxLoRARanks).
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 PREFIX = "base_model.model."
+#: Files of an adapter, and what ``hyperlora register`` puts beside them.
+CONFIG, TENSORS, CARD = FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+RECORD = "registration.json"
 A_OF = re.compile(rf"^{re.escape(PREFIX)}(.+)\.lora_A\.weight$")
 
 
@@ -135,8 +138,8 @@ def adapter_files(adapter: PlainAdapter) -> dict[str, bytes]:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b
     return {
-        "adapter_config.json": storage.pack_json(config),
-        "adapter_model.safetensors": checkpoint.pack(tensors, {"format": "pt"}),
+        CONFIG: storage.pack_json(config),
+        TENSORS: checkpoint.pack(tensors, {"format": "pt"}),
     }
 
 
@@ -152,13 +155,13 @@ def from_files(files: Mapping[str, bytes]) -> PlainAdapter:
         ValueError: they hold something else.
         SafetensorError: the tensors cannot be read.
     """
-    config = json.loads(files["adapter_config.json"])
+    config = json.loads(files[CONFIG])
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or "target_modules" not in config:
         raise ValueError("adapter_config.json is not that of a LoRA adapter")
     same = config.get("lora_alpha") == config.get("r") and config.get("alpha_pattern") == config.get("rank_pattern")
     if not same or config.get("use_rslora"):
         raise ValueError("its scale alpha/r is not one in every module")
-    tensors = load_tensors(files["adapter_model.safetensors"])
+    tensors = load_tensors(files[TENSORS])
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for module in [m[1] for name in tensors if (m := A_OF.match(name))]:
         a = tensors.pop(f"{PREFIX}{module}.lora_A.weight")
@@ -199,7 +202,7 @@ def write_adapter(
         StorageError: the store does not take a file.
         ValueError: as :func:`adapter_files`.
     """
-    files = adapter_files(adapter) | {"README.md": model_card(adapter, recipe, outcome).encode()}
+    files = adapter_files(adapter) | {CARD: model_card(adapter, recipe, outcome).encode()}
     return write_files(uri, files, patience)
 
 

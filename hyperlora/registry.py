@@ -32,11 +32,10 @@ from mlflow.exceptions import MlflowException
 
 from hyperlora import storage, uris
 from hyperlora.config import MLflowConfig, Problem, RecipeError, first_line
+from hyperlora.export import CARD, FILES, RECORD
 from hyperlora.storage import patiently
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-RECORD = "registration.json"
-FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[1-9]\d*))$")
 #: Names of registered models that fit into a URI and a folder.
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
@@ -91,7 +90,7 @@ def register(
             tags={
                 f"hyperlora.{k}": json.dumps(facts[k]) for k in ("metric", "value", "higher_is_better", "evaluation")
             },
-            description=files["README.md"].decode(),
+            description=files[CARD].decode(),
         )
         # Now, since others may have registered theirs while the files went up.
         champion = _champion(client, name)

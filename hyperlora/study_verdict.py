@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hyperlora.effects import show
-from hyperlora.verdict import beyond, change, difference, number, one_row, words
+from hyperlora.verdict import beyond, change, difference, number, one_row, untuned, words
 
 #: Claims are made at this level, shared among all of a kind (Bonferroni).
 LEVEL = 0.05
@@ -129,8 +129,7 @@ def _untuned(result: Mapping[str, Any]) -> str:
     # Results of earlier versions do not know the edge.
     if reference is None or not reference["by_seed"] or reference.get("edge") is None:
         return ""
-    rate = f"{reference['label']} (the {reference['edge']}est, {reference['lr']:g})"
-    return f"Not tuned to the end, since the best learning rate is the last one tried: {rate}."
+    return untuned(f"{reference['label']} (the {reference['edge']}est, {reference['lr']:g})")
 
 
 def level(value: float, result: Mapping[str, Any]) -> str:

@@ -144,7 +144,7 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
     at_edge = [c for c in result["contestants"] if c["edge"] is not None and c["best_lr"] is not None]
     if at_edge:
         rates = "; ".join(f"{c['label']} (the {c['edge']}est, {c['best_lr']:g})" for c in at_edge)
-        sentences.append(f"Not tuned to the end, since the best learning rate is the last one tried: {rates}.")
+        sentences.append(untuned(rates))
     hopeless = [c for c in result["contestants"] if c["search"] and c["best_lr"] is None]
     if hopeless:
         sentences.append(f"Failed at every learning rate: {_names(hopeless)}.")
@@ -161,6 +161,11 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
 
 
 # -------------------------------------------------------------------- numbers in words
+
+
+def untuned(rates: str) -> str:
+    """That a search of the learning rate ended at an edge; ``rates`` says whose."""
+    return f"Not tuned to the end, since the best learning rate is the last one tried: {rates}."
 
 
 def number(value: float, digits: int = 2) -> str:

@@ -13,14 +13,10 @@ from safetensors import SafetensorError
 
 from hyperlora import checkpoint, export, runs, storage, uris
 from hyperlora.config import Problem, RecipeError, parse
-from hyperlora.export import PlainAdapter
+from hyperlora.export import CARD, CONFIG, FILES, RECORD, TENSORS, PlainAdapter
 from hyperlora.storage import patiently
 from pipelines import screens
 from pipelines.common import check_new_folder, write_json
-
-CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-#: What ``register`` puts beside an adapter, see hyperlora/registry.py.
-RECORD = "registration.json"
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,7 @@ def _of_adapter(uri: str) -> Source | None:
         uri, step, run_id = f"{run}/adapter", outcome["steps"], outcome["mlflow_run_id"]
         files = {name: runs.adapter_file(run, outcome, name) for name in outcome["adapter_files"]}
     else:
-        names = [name for name in (CONFIG, TENSORS, CARD) if patiently(storage.exists, f"{uri}/{name}")]
+        names = [name for name in FILES if patiently(storage.exists, f"{uri}/{name}")]
         # A checkpoint without its manifest has these files too.
         if not {CONFIG, TENSORS} <= set(names) or checkpoint.FOLDER.match(_name(uri)):
             return None

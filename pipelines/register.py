@@ -13,6 +13,7 @@ from rich.text import Text
 
 from hyperlora import candidates, registry, storage, uris
 from hyperlora.config import MLflowConfig, Problem, RecipeError
+from hyperlora.export import CARD, FILES
 from hyperlora.fingerprint import base_model, evaluation_fingerprint
 from hyperlora.tracking import check
 from pipelines import screens
@@ -43,8 +44,8 @@ def main(args: Namespace, console: Console) -> int:
         facts = candidates.facts(
             candidate, source, evaluation_fingerprint(recipe, candidate.outcome), base_model(recipe)
         )
-    files = candidates.adapter_files(candidate, registry.FILES)
-    files["README.md"] = candidates.card(files["README.md"], facts)
+    files = candidates.adapter_files(candidate, FILES)
+    files[CARD] = candidates.card(files[CARD], facts)
     with console.status("registering"):
         done = registry.register(mlflow, args.name, files, facts)
     console.print(
