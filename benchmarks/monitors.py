@@ -5,19 +5,27 @@ its threshold (from 1 on it warns), the steps of the warnings, and the error of 
 adalora run of the quickstart is the baseline of ``stall`` for the faults.
 
     OMP_NUM_THREADS=1 python -m benchmarks.monitors --json out/monitors.json
+
+``--curve`` writes the curve that ships for a recipe instead: the mean over the seeds of a comparison's baseline.
+
+    python -m benchmarks.monitors --curve quickstart benchmarks/results/quickstart-rules/comparison.json
+    python -m benchmarks.monitors --curve quickstart-entailment benchmarks/results/quickstart-entailment/comparison.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import provenance, write_json
+from hyperlora.config import read_yaml
 from hyperlora.stopping import NonFiniteError
 from hyperlora.training import RunInfo, Silent, train
-from pipelines.common import load_recipe
+from pipelines.common import find_recipe, load_recipe
 
 COMMON = ("ray.backend=local", "ray.num_workers=1", "mlflow.enabled=false", "training.eval_before=false")
 COMMON += ("training.checkpoint_every=null", "training.steps=150", "data.eval_rows=50")
@@ -80,10 +88,33 @@ def run(name: str, changes: tuple[str, ...], folder: Path) -> dict[str, Any]:
     return {"recipe": name, "changes": changes, "largest": largest.values, "warnings": largest.warnings, "ended": end}
 
 
+def write_curve(name: str, comparison: Path) -> None:
+    """Write ``hyperlora/assets/curves/NAME.json`` for the shipped recipe ``name``."""
+    result = json.loads(comparison.read_text(encoding="utf-8"))
+    (baseline,) = (c for c in result["contestants"] if c["name"] == result["baseline"])
+    curves = [trial["smoothed"] for trial in baseline["trials"]]
+    recipe = read_yaml(find_recipe(name))
+    kept = {key: recipe[key] for key in ("name", "model", "task", "data")}
+    kept["training"] = {key: recipe["training"][key] for key in ("steps", "batch_size")}
+    content = {
+        "what": f"training loss after each step, mean of {len(curves)} runs of {baseline['name']}, smoothed",
+        "optimizer.lr": baseline["best_lr"],
+        "command": result["command"],
+        "recipe": kept,
+        "smoothed": [round(statistics.mean(losses), 6) for losses in zip(*curves, strict=True)],
+    }
+    path = Path("hyperlora/assets/curves") / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--curve", nargs=2, metavar=("NAME", "COMPARISON"))
     arguments = parser.parse_args()
+    if arguments.curve:
+        write_curve(arguments.curve[0], Path(arguments.curve[1]))
+        return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         healthy = [run(name, tuple(changes), root / f"healthy-{n}") for n, (name, *changes) in enumerate(HEALTHY)]

@@ -20,11 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hyperlora.config import METHODS, ModelConfig, Problem, Recipe, RecipeError
+from hyperlora.config import BUILTIN, METHODS, ModelConfig, Problem, Recipe, RecipeError
 from hyperlora.optimizer import GAMMA
 from hyperlora.weights import absent, misfit, read_shapes
 
-BUILTIN = "builtin:"
 #: Heads that PEFT trains and saves for a classification.
 HEADS = ("classifier", "score")
 
@@ -40,7 +39,7 @@ def resolve_path(path: str) -> str:
     root = Path(str(files("hyperlora"))) / "assets"
     folder = root / path.removeprefix(BUILTIN)
     if not (folder / "config.json").is_file():
-        names = ", ".join(f"{BUILTIN}{p.name}" for p in sorted(root.iterdir()) if p.is_dir())
+        names = ", ".join(f"{BUILTIN}{p.name}" for p in sorted(root.iterdir()) if (p / "config.json").is_file())
         raise RecipeError([Problem("model.path", path, f"allowed built-in models: {names}")])
     return str(folder)
 

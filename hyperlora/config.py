@@ -26,6 +26,8 @@ from hyperlora.pruning import BudgetPlan, Pruning, ResolvedPruning, Schedule, Sc
 from hyperlora.update_rules import AdamSettings, Direction, Rule, UpdateRule
 
 LARGEST = 2**31 - 1
+#: Before the name of a model, or of a curve for the stall monitor, that ships with the package.
+BUILTIN = "builtin:"
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Rate = Annotated[float, Field(gt=0)]
@@ -310,7 +312,9 @@ class MonitorsConfig(Section):
     """Warnings of a run that goes wrong; each is given once and changes nothing."""
 
     baseline: str | None = Field(
-        None, description="file or URI of a result.json, comparison.json or list of losses; null: no stall monitor"
+        None,
+        description="file or URI of a result.json, comparison.json or list of losses; builtin:quickstart and "
+        "builtin:quickstart-entailment, these recipes' curves, count for their tasks alone; null: no stall monitor",
     )
     window: Annotated[int, Field(gt=1)] | None = Field(
         None, description="optimizer steps that a loss is averaged over; null: a twentieth of the run, at least 10"
@@ -319,7 +323,9 @@ class MonitorsConfig(Section):
     stall_slowdown: Annotated[float, Field(ge=1)] = Field(
         2.0, description="the loss is compared with the baseline's after steps/stall_slowdown"
     )
-    stall_margin: Rate = Field(0.2, description="fraction of the baseline's whole gain that it may lie above that")
+    stall_margin: Rate = Field(
+        0.2, description="fraction of the baseline's gain after its first window that it may lie above that"
+    )
     gradient_factor: Annotated[float, Field(gt=1)] = Field(
         6.0, description="gradient norm (median of 5 steps) over its median of the steps before"
     )

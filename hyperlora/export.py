@@ -15,9 +15,8 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from hyperlora import checkpoint, storage
-from hyperlora.adapters import BUILTIN
 from hyperlora.baselines import AdapterOptimizer, UnequalLoRA
-from hyperlora.config import Recipe
+from hyperlora.config import BUILTIN, Recipe
 from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.storage import patiently
 

@@ -11,14 +11,16 @@ import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import fsspec
 
 from hyperlora import storage
-from hyperlora.config import MonitorsConfig, Problem, RecipeError
+from hyperlora.config import BUILTIN, MonitorsConfig, Problem, Recipe, RecipeError
 
 Monitor = Literal["stall", "pruning_drop", "gradient", "checkpoint"]
 # Gradient norms whose median is "now": one odd batch, or two, are no instability.
@@ -65,6 +67,37 @@ def loss_window(config: MonitorsConfig, total_steps: int) -> int:
     return config.window or max(10, total_steps // 20)
 
 
+def monitors_of(recipe: Recipe) -> MonitorsConfig:
+    """``recipe.monitors``, without a curve that ships with the package and belongs to another task.
+
+    A shipped curve belongs to a model, task, data, rows a step and steps; everything else is what it judges.
+
+    Raises:
+        RecipeError: no such curve ships.
+    """
+    name = recipe.monitors.baseline
+    if name is None or not name.startswith(BUILTIN):
+        return recipe.monitors
+    measured = Recipe.model_validate(json.loads(_shipped(name).read_text(encoding="utf-8"))["recipe"])
+    if _belongs_to(recipe) == _belongs_to(measured):
+        return recipe.monitors
+    return recipe.monitors.model_copy(update={"baseline": None})
+
+
+def _belongs_to(recipe: Recipe) -> tuple[object, ...]:
+    training = recipe.training
+    data = recipe.data.model_copy(update={"eval_rows": None})
+    return recipe.model, recipe.task, data, training.steps, training.epochs, training.batch_size
+
+
+def _shipped(name: str) -> Path:
+    folder = Path(str(files("hyperlora"))) / "assets" / "curves"
+    names = {f"{BUILTIN}{path.stem}": path for path in sorted(folder.glob("*.json"))}
+    if name not in names:
+        raise RecipeError([Problem("monitors.baseline", name, "curves that ship: " + ", ".join(names))])
+    return names[name]
+
+
 def read_baseline(config: MonitorsConfig, total_steps: int) -> list[float] | None:
     """Smoothed losses, one a step, of the curve that ``monitors.baseline`` names; None without one.
 
@@ -74,8 +107,9 @@ def read_baseline(config: MonitorsConfig, total_steps: int) -> list[float] | Non
     if config.baseline is None:
         return None
     allowed = "a result.json, a comparison.json or a JSON list of losses, one a step"
+    place = str(_shipped(config.baseline)) if config.baseline.startswith(BUILTIN) else config.baseline
     try:
-        with fsspec.open(config.baseline, "r", encoding="utf-8") as file:
+        with fsspec.open(place, "r", encoding="utf-8") as file:
             curve = _curve(json.load(file), loss_window(config, total_steps))
     except Exception as error:  # of what the file holds, or of a store's own library
         problem = Problem("monitors.baseline", config.baseline, f"{allowed} ({type(error).__name__}: {error})")
@@ -91,6 +125,8 @@ def _curve(content: Any, window: int) -> list[float]:
         (baseline,) = (c for c in content["contestants"] if c["name"] == content["baseline"])
         smoothed = [trial["smoothed"] for trial in baseline["trials"]]
         curve = [mean([float(x) for x in values]) for values in zip(*smoothed, strict=True)]
+    elif isinstance(content, dict) and "smoothed" in content:
+        curve = [float(x) for x in content["smoothed"]]
     else:
         if isinstance(content, dict) and storage.SEAL in content:
             content = storage.unsealed(content)
@@ -194,10 +230,11 @@ class Monitors:
             return 0.0
         recent = self._losses[-self.window :]
         then = min(math.ceil(step / self._config.stall_slowdown), len(baseline))
-        gain = baseline[0] - min(baseline)
+        # What a base model unlearns in its first steps would hide all that comes after.
+        gain = baseline[min(self.window, len(baseline)) - 1] - min(baseline)
         noise = math.sqrt(2 * squared_error_of_mean(recent))
         behind = mean(recent) - baseline[then - 1]
-        statistic = behind / max(self._config.stall_margin * gain, self._config.deviations * noise)
+        statistic = in_units_of(behind, max(self._config.stall_margin * gain, self._config.deviations * noise))
         self._warn(
             "stall",
             step,

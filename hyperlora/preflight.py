@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from hyperlora.adapters import attach, load_config, load_tokenizer, model_problems, prepare, weight_problems
 from hyperlora.baselines import AdapterOptimizer
 from hyperlora.config import METHODS, Problem, Recipe, RecipeError, first_line
-from hyperlora.monitors import read_baseline
+from hyperlora.monitors import monitors_of, read_baseline
 from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.packed import Packed
 from hyperlora.tasks import Task, build_task
@@ -246,7 +246,7 @@ def inspect(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] 
     if rows < batch:
         raise RecipeError([Problem("training.batch_size", batch, f"at most the {rows} training rows")])
     steps = recipe.total_steps(rows)
-    read_baseline(recipe.monitors, steps)
+    read_baseline(monitors_of(recipe), steps)
     model = meta_model(recipe, task, steps)
     base = sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
     base_bytes = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".lora_" not in n)

@@ -27,7 +27,7 @@ from hyperlora.checkpoint import Checkpoint, RefusedError
 from hyperlora.config import OptimizerConfig, Problem, Recipe, RecipeError, schedule_problems
 from hyperlora.eva import EVA_BATCHES, redistribute_ranks
 from hyperlora.export import PlainAdapter, adapter_files, plain_adapter, write_adapter
-from hyperlora.monitors import Monitors, MonitorWarning
+from hyperlora.monitors import Monitors, MonitorWarning, monitors_of
 from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.ownership import Lease
 from hyperlora.stopping import NonFiniteError, NotStoredError, StoppedError
@@ -349,7 +349,7 @@ class Trainer:
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad and ".lora_" not in n}
         self.trained |= {n: p for n, p in self.model.named_parameters() if ".lora_magnitude_vector." in n}
         self.monitors = Monitors(
-            recipe.monitors,
+            monitors_of(recipe),
             total_steps=self.total_steps,
             events=self.optimizer.plan.falls(),
             metric=self.task.metric,

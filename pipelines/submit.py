@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hyperlora import capacity, jobs, tokens
-from hyperlora.config import Problem, RayConfig, Recipe, RecipeError
+from hyperlora.config import BUILTIN, Problem, RayConfig, Recipe, RecipeError
 from hyperlora.environment import ADDRESS
 from pipelines.common import THERE, gathered, is_file, load_recipe, shipped, write_json
 
@@ -178,7 +178,11 @@ def unreachable(recipe: Recipe) -> list[Problem]:
         "hypernetwork.init_from": recipe.hypernetwork.init_from,
         "monitors.baseline": recipe.monitors.baseline,
     }
-    found = [Problem(k, v, allowed) for k, v in places.items() if v and "://" not in v and not Path(v).is_absolute()]
+    found = [
+        Problem(key, value, allowed)
+        for key, value in places.items()
+        if value and "://" not in value and not value.startswith(BUILTIN) and not Path(value).is_absolute()
+    ]
     tracking = recipe.mlflow.tracking_uri
     if recipe.mlflow.enabled and tracking.startswith("sqlite:///") and not tracking.startswith("sqlite:////"):
         server = "the URL of an MLflow server, or mlflow.enabled=false"

@@ -102,6 +102,7 @@ def test_quickstart(tmp_path: Path, outside: Outside) -> None:
     assert summary["metric_after"] > 0.8
     assert summary["loss_last"] < 0.1 * summary["loss_first"]
     assert summary["workers"] == 2
+    assert summary["warnings"] == []
     assert (summary["rank_initial"], summary["rank_final"], summary["rank_target"]) == (224, 112, 112)
     assert sum(summary["ranks"].values()) == 112
     assert len(set(summary["ranks"].values())) > 1, "rank moved to where it matters"

@@ -144,6 +144,18 @@ def test_resume_goes_on_with_the_monitors(recipe_file: Path, tmp_path: Path, sto
     assert resumed["warnings"] == outcome["warnings"]
 
 
+@pytest.mark.parametrize(("changes", "warns"), [((), False), (("optimizer.lr=1e-5",), True)])
+def test_the_quickstart_is_held_against_the_curve_that_ships(
+    tmp_path: Path, changes: tuple[str, ...], warns: bool
+) -> None:
+    local = ("ray.backend=local", "ray.num_workers=1", "mlflow.enabled=false", "training.eval_before=false")
+    recorder = Recorder(stop=41)
+    with pytest.raises(InterruptedError):
+        train(load_recipe("quickstart", [*local, *changes]), RunInfo(str(tmp_path)), sink=recorder)
+    assert [monitor for monitor, _ in recorder.warnings] == (["stall"] if warns else [])
+    assert (recorder.metrics[40]["monitor/stall"] >= 1) == warns
+
+
 @pytest.mark.parametrize("content", [None, "{}", "[1, 2", "[1, 2]"])
 def test_a_baseline_that_is_none(
     recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture, content: str | None

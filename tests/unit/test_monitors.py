@@ -10,8 +10,11 @@ import pytest
 
 from hyperlora import storage
 from hyperlora.config import MonitorsConfig, RecipeError
-from hyperlora.monitors import Monitors, read_baseline, squared_error_of_mean, trailing_mean
+from hyperlora.monitors import Monitors, monitors_of, read_baseline, squared_error_of_mean, trailing_mean
 from hyperlora.pruning import BudgetPlan, Pruning
+from pipelines.common import load_recipe
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def monitors(events: tuple[int, ...] = (), metric: str = "accuracy", **fields: Any) -> Monitors:
@@ -103,16 +106,26 @@ def test_gradient_history_is_bounded() -> None:
 
 def test_stall_against_the_baseline_at_half_the_steps(tmp_path: Path) -> None:
     (tmp_path / "curve.json").write_text("[4, 3, 2, 1]")
-    # Smoothed 4, 3.5, 2.5, 1.5: a gain of 2.5, a margin of 0.5. At step 3 the baseline is taken at step 2.
+    # Smoothed 4, 3.5, 2.5, 1.5: after the window a gain of 2, a margin of 0.4. At step 3 the baseline's step 2 counts.
     m = monitors(baseline=str(tmp_path / "curve.json"))
     values = fed(m, "monitor/stall", [4.25] * 9 + [4.25, 1.0, 1.0])
     # From step 9 on the baseline is at its end, and keeps its last value; step 11 is noisy.
-    assert values == pytest.approx([0, 0.5, 1.5, 1.5, 3.5, 3.5, *[5.5] * 4, 1.125 / 11.4905, -1.0], abs=1e-4)
+    assert values == pytest.approx(
+        [0, 0.625, 1.875, 1.875, 4.375, 4.375, *[6.875] * 4, 1.125 / 11.4905, -1.25], abs=1e-4
+    )
     assert raised(m) == [("stall", 3)]
     noisy = monitors(baseline=str(tmp_path / "curve.json"))
     # A step of 0.5 between two losses: the difference of two such means has error √(2·0.0625), and 5 of them are 1.77.
     assert fed(noisy, "monitor/stall", [4.0, 4.0, 4.5, 4.0])[3] == pytest.approx(0.75 / 1.76777, abs=1e-4)
     assert raised(noisy) == []
+
+
+def test_a_shock_at_the_start_does_not_hide_a_stall(tmp_path: Path) -> None:
+    (tmp_path / "curve.json").write_text('{"smoothed": [22, 6, 6, 5, 4.5, 4, 4, 4]}')
+    m = monitors(baseline=str(tmp_path / "curve.json"))
+    fed(m, "monitor/stall", [22, *[6.0] * 15])
+    # A fifth of the whole gain of 18 is 3.6, by which 6 would be good for ever; of the 2 after the window it is 0.4.
+    assert raised(m) == [("stall", 7)]
 
 
 def test_no_baseline_no_stall() -> None:
@@ -142,6 +155,42 @@ def test_every_form_of_a_baseline(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=r"monitors\.baseline") as error:
             read(content)
         assert allowed in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "comparison"),
+    [("quickstart", "quickstart-rules"), ("quickstart-entailment", "quickstart-entailment")],
+)
+def test_a_curve_that_ships_counts_for_its_task_alone(name: str, comparison: str) -> None:
+    judged = ("method=lora", "optimizer.lr=1", "adapter.rank=4", "pruning.schedule=none", "seed=5", "data.eval_rows=7")
+    for changes in ((), judged):
+        recipe = load_recipe(name, changes)
+        config = monitors_of(recipe)
+        assert config == recipe.monitors
+        assert config.baseline == f"builtin:{name}"
+        curve = read_baseline(config, recipe.total_steps(0))
+        assert curve is not None
+    result = json.loads((RESULTS / comparison / "comparison.json").read_text())
+    assert result["steps"] == len(curve) == recipe.training.steps
+    (adalora,) = (c for c in result["contestants"] if c["name"] == "adalora")
+    last = [trial["smoothed"][-1] for trial in adalora["trials"]]
+    assert curve[-1] == pytest.approx(sum(last) / len(last), abs=1e-6)
+    for change in (
+        "training.steps=40",
+        "training.batch_size=16",
+        "data.train_rows=100",
+        "data.seed=1",
+        "model.dtype=bfloat16",
+        "task.max_length=64",
+    ):
+        assert monitors_of(load_recipe(name, [change])).baseline is None, change
+
+
+def test_a_curve_that_does_not_ship() -> None:
+    with pytest.raises(
+        RecipeError, match=r"monitors\.baseline: got 'builtin:x'; curves that ship: builtin:quickstart-ent"
+    ):
+        monitors_of(load_recipe("quickstart", ["monitors.baseline=builtin:x"]))
 
 
 def test_state_goes_on_where_it_was() -> None:
