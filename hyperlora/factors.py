@@ -65,7 +65,8 @@ def adapted_modules(model: nn.Module, adapter_name: str = "default") -> list[Ada
         if a.ndim != 2:
             problems.append(f"{name}: only linear layers are supported, not a weight of {a.ndim} dimensions")
             continue
-        clean = name.removeprefix("base_model.model.")
+        # As it is without torch.compile and DistributedDataParallel around it, so that a state fits with and without.
+        clean = name.replace("_orig_mod.", "").removeprefix("module.").removeprefix("base_model.model.")
         experts = getattr(module, "num_experts", 1)
         if experts > 1:
             # PEFT's A has all rows of one expert after another, its B the experts of one direction.
@@ -125,14 +126,30 @@ class ShapeClass:
         self.attach()
 
     def attach(self) -> None:
-        """Make the modules' weights views of the buffer."""
+        """Make the modules' weights views of the buffer, which takes over their dtype: what was cast stays cast.
+
+        Raises:
+            RuntimeError: the weights are on another device.
+        """
+        now = self.weights[0]
+        if now.device != self.buffer.device:
+            raise RuntimeError(
+                f"the model is on {now.device}, but the optimizer was built when it was on {self.buffer.device}: move "
+                "the model first"
+            )
+        # Factors that live in the old buffer stay there, as precise as they were.
+        self.buffer = self.buffer.to(now.dtype)
         for weight, view in zip(self.weights, self.buffer.unbind(0), strict=True):
             weight.data = view
 
     def attached(self) -> bool:
-        """Whether the weights still are views of the buffer (moving a model to a device replaces them)."""
+        """Whether the weights still are views of the buffer (moving or casting a model replaces them)."""
         start, stride = self.buffer.data_ptr(), self.buffer.stride(0) * self.buffer.element_size()
         return all(w.data_ptr() == start + n * stride for n, w in enumerate(self.weights))
+
+    def versions(self) -> list[int]:
+        """Counts of what was written into the weights themselves; writing the buffer does not move them."""
+        return [w._version for w in self.weights]
 
 
 class FactorLayout:

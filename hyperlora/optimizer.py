@@ -11,6 +11,7 @@ Shape legend: M modules, m modules of one shape class, r directions (initial ran
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hyperlora import orthogonality
-from hyperlora.factors import FactorLayout, Factors, adapted_modules
+from hyperlora.factors import ROUNDING, FactorLayout, Factors, adapted_modules
 from hyperlora.hypernetworks import HypernetworkSpec
 from hyperlora.pruning import BudgetPlan, Pruning, Smoothed, prune_to
 from hyperlora.update_rules import (
@@ -42,6 +43,8 @@ Factorization = Literal["triplet", "fused"]
 GAMMA = 0.1
 #: Learning rate of hypernetworks over that of direct factors under ``hybrid``.
 BESIDE = 0.05
+#: Steps between two looks at the count of skipped ones.
+LOOK = 20
 
 
 @dataclass(frozen=True)
@@ -231,8 +234,19 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         #: ``penalty`` and ``importance`` (M, r). Read them when a host synchronisation does not hurt.
         self.stats: dict[str, Tensor] = {}
         self._full_rank_written = True
+        self._versions: list[int] = []
+        self._skipped = torch.zeros((), device=device)
+        self._skipped_told = 0
+        self._skipped_seen = torch.zeros((), pin_memory=device.type == "cuda")
+        self._complete = True
         self._install_hooks(model)
         self._write()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the groups follow from the model."""
+        if getattr(self, "_complete", False):
+            raise ValueError("the parameter groups are fixed: what is trainable when the optimizer is built is trained")
+        super().add_param_group(param_group)
 
     # ---------------------------------------------------------------- construction
 
@@ -326,18 +340,28 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         return self._pruning.score if self.plan.events else "sensitivity"
 
     def _install_hooks(self, model: nn.Module) -> None:
-        """DyLoRA trains truncated weights; evaluation and saving must see the full rank."""
+        """A saved state has tensors of its own; DyLoRA trains truncated weights, and evaluation and saving see all."""
+        inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+        def apart(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+            # Views of one buffer count as one tensor for safetensors, which would keep the first of them.
+            for name, tensor in state.items():
+                adapter = name.startswith(prefix) and (".lora_A." in name or ".lora_B." in name)
+                if adapter and not isinstance(tensor, nn.Parameter):  # as with keep_vars
+                    state[name] = tensor.clone()
+
+        inner.register_state_dict_post_hook(apart)
         if not self.method.truncated:
             return
 
         def match_mode(module: nn.Module, _inputs: Any) -> None:
-            if module.training == self._full_rank_written:
+            if module.training == self._full_rank_written and not self._changed():
                 self._write(full_rank=not module.training)
 
         def full_rank(_module: nn.Module, _prefix: str, _keep: bool) -> None:
-            self._write(full_rank=True)
+            if not self._changed():
+                self._write(full_rank=True)
 
-        inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         for module in {id(m): m for m in (model, inner)}.values():
             module.register_forward_pre_hook(match_mode)
             module.register_state_dict_pre_hook(full_rank)
@@ -361,20 +385,29 @@ class HyperAdaLoRA(torch.optim.Optimizer):
 
         Raises:
             ValueError: more than four metrics.
-            RuntimeError: no parameter of the adapter has a gradient, or the model was moved to another device after the
-                optimizer was built.
+            RuntimeError: no parameter of the adapter has a gradient, or after the optimizer was built the model was
+                moved to another device or other weights were loaded into its adapter.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
+        # What is computed here needs the precision of the factors, wherever the caller's loop calls it.
+        with torch.no_grad(), torch.autocast(self.mask.device.type, enabled=False):
             self._step(metrics)
         return loss
 
     def _step(self, metrics: Tensor | None) -> None:
+        if self._changed():
+            raise RuntimeError(
+                "the adapter's weights were changed after the optimizer was built, and a step would overwrite them: "
+                "load the optimizer's own state as well, or build it after loading; processes of "
+                "DistributedDataParallel need one seed"
+            )
         self._collect(metrics)
         norm, found_inf = self._norm_and_clip()
+        if metrics is None:
+            self._warn_of_skipped(found_inf)
         factors = self.source.factors
         zeroed: Tensor | None = None
         written = self._truncation() if self.method.truncated else self.mask.to(self._flat.dtype)
@@ -437,6 +470,23 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         # A skipped step multiplies its changes by zero, which does not make NaN go away.
         gradients.masked_fill_(~finite, 0.0)
         return norm, (~finite).to(torch.float32)
+
+    def _warn_of_skipped(self, found_inf: Tensor) -> None:
+        """Say now and then that steps are skipped, which callers without metrics of their own would not notice.
+
+        The count arrives from the device by the next time that somebody looks: nothing waits for it.
+        """
+        self._skipped += found_inf
+        if (self.steps_done + 1) % LOOK:
+            return
+        if self._skipped_seen > self._skipped_told:
+            self._skipped_told = int(self._skipped_seen)
+            warnings.warn(
+                f"{self._skipped_told} of the first {self.steps_done + 1 - LOOK} steps changed nothing: their "
+                "gradients were not finite",
+                stacklevel=4,
+            )
+        self._skipped_seen.copy_(self._skipped, non_blocking=True)
 
     def _importance(self, factors: Factors, gradients: Factors, found_inf: Tensor) -> Tensor:
         """Score (M, r) of every direction: |λ·∂L/∂λ|, its smoothed form, or AdaLoRA's over the triplet.
@@ -531,11 +581,6 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         """Put the factors into lora_A and lora_B."""
         for shape_class in self.layout.classes:
             if not shape_class.attached():
-                if shape_class.weights[0].device != shape_class.buffer.device:
-                    raise RuntimeError(
-                        f"the model is on {shape_class.weights[0].device}, but the optimizer was built when it was on "
-                        f"{shape_class.buffer.device}: move the model first"
-                    )
                 shape_class.attach()
         factors = self.source.factors
         gain = None
@@ -547,6 +592,30 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             gain = self._truncation()
         self._full_rank_written = full_rank
         self.layout.write(factors, gain)
+        self._versions = [v for c in self.layout.classes for v in c.versions()]
+
+    @torch.no_grad()
+    def _changed(self) -> bool:
+        """Whether somebody gave the adapter other weights than the factors make, which the next write would lose.
+
+        What changes nothing does not count, as DistributedDataParallel's broadcast of equal weights, or a cast.
+        """
+        classes = self.layout.classes
+        if self._versions == [v for c in classes for v in c.versions()] and all(c.attached() for c in classes):
+            return False
+        found = [torch.stack([w.detach() for w in c.weights]) for c in classes]
+        dtypes = [c.buffer.dtype for c in classes]
+        self._write(self._full_rank_written)
+        for shape_class, weights, dtype in zip(classes, found, dtypes, strict=True):
+            ours = shape_class.buffer
+            # A cast may have rounded what the factors hold in full.
+            allowed = 0.0 if weights.dtype == dtype else ROUNDING * ours.abs().max().item()
+            if (weights - ours).abs().max().item() > allowed:
+                for changed, values in zip(classes, found, strict=True):
+                    changed.buffer.copy_(values)
+                self._versions = []  # asked again, the answer is the same
+                return True
+        return False
 
     # ---------------------------------------------------------------- hypernetworks of an earlier run
 
@@ -651,9 +720,14 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             raise ValueError("the state is of a model with other adapted modules")
         if isinstance(self.source, GeneratedFactors) and state_dict["frozen"] != self.source.frozen:
             self._freeze(state_dict["frozen"])
-        copy_state(self._tensors(), state_dict["state"])
+        # Its own tensors, as accelerate's prepare() gives them back: weights that were loaded before are not touched.
+        own = state_dict["state"]["mask"].data_ptr() == self.mask.data_ptr()
+        if not own:
+            copy_state(self._tensors(), state_dict["state"])
         self.steps_done, self.live = int(state_dict["steps_done"]), int(state_dict["live"])
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: v for k, v in saved.items() if k != "params"})
-        self.source.restored(self._live_tokens())
-        self._write()
+        if not own:
+            with torch.autocast(self.mask.device.type, enabled=False):
+                self.source.restored(self._live_tokens())
+            self._write()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -112,6 +113,41 @@ def test_transformers_trainer_accumulates_prunes_saves_and_resumes(tmp_path: Pat
     assert losses(resumed) == whole
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_checkpoint_without_the_optimizers_state_is_refused(tmp_path: Path) -> None:
+    model, optimizer, scheduler = model_and_optimizer()
+    settings = arguments(tmp_path, save_only_model=True, max_steps=10)
+    Trainer(model, settings, train_dataset=rows(), optimizers=(optimizer, scheduler)).train()
+    again, optimizer, scheduler = model_and_optimizer()
+    settings = arguments(tmp_path, save_only_model=True)
+    resumed = Trainer(again, settings, train_dataset=rows(), optimizers=(optimizer, scheduler))
+    with pytest.raises(RuntimeError, match="weights were changed after the optimizer was built"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+
+
+def test_accelerate_saves_and_loads(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, scheduler = model_and_optimizer()
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    batch = {k: torch.tensor(rows(4)[k]) for k in ("input_ids", "labels")}
+
+    def steps(count: int) -> list[float]:
+        seen = []
+        for _ in range(count):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            seen.append(loss.item())
+        return seen
+
+    steps(6)
+    accelerator.save_state(str(tmp_path / "state"))
+    wanted = steps(4)
+    accelerator.load_state(str(tmp_path / "state"))
+    assert steps(4) == wanted
 
 
 def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:

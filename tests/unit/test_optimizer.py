@@ -13,12 +13,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import RULES, VARIANTS, build_batch, build_llama, build_optimizer, train_steps
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from processes import FORKSERVER
+from safetensors.torch import load_model, save_model
+from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hyperlora import METHODS, HyperAdaLoRA, Pruning
 from hyperlora.hypernetworks import HypernetworkSpec
+from hyperlora.optimizer import LOOK
 from hyperlora.pruning import prune_to
 from hyperlora.update_rules import LearningRates
 
@@ -254,6 +257,135 @@ def test_two_processes_are_one_and_a_bad_step_of_one_is_skipped_by_both(method: 
     assert one["losses"][11] == pytest.approx(train_steps(model, optimizer, 1)[0], abs=2e-6)
 
 
+def cast_worker(rank: int, folder: str, method: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = build_llama(dtype=torch.float32)
+    optimizer = build_optimizer(model, method)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    parallel = DistributedDataParallel(model)
+    optimizer.load_state_dict(optimizer.state_dict())  # as accelerate's prepare() does
+    ids = build_batch().chunk(2)[rank]
+    for _ in range(4):
+        parallel(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save(adapter(model), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["hyperadalora", "lora"])
+def test_weights_that_are_cast_before_ddp_keep_their_gradients_averaged(method: str) -> None:
+    """TRL's trainers cast what is trainable in a quantized model to bfloat16, after the optimizer was built."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(cast_worker, (folder, method), nprocs=2, start_method=FORKSERVER.get_start_method())
+        one, two = (torch.load(Path(folder) / f"{rank}.pt") for rank in range(2))
+    assert {t.dtype for t in one.values()} == {torch.bfloat16}
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+# ---------------------------------------------------------------- a model that others load, save, wrap
+
+
+def test_weights_that_are_loaded_afterwards_are_not_overwritten() -> None:
+    trained = build_llama()
+    first = build_optimizer(trained, "adalora")
+    train_steps(trained, first, 3)
+    weights, wanted = get_peft_model_state_dict(trained), adapter(trained)
+
+    model = build_llama()
+    optimizer = build_optimizer(model, "adalora")
+    set_peft_model_state_dict(model, weights)
+    optimizer.load_state_dict(optimizer.state_dict())  # as accelerate's prepare() does
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"weights were changed after the .*own state as well"):
+            train_steps(model, optimizer, 1)
+        optimizer.zero_grad()
+        assert optimizer.steps_done == 0
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in adapter(model).items())
+    optimizer.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert train_steps(model, optimizer, 4) == train_steps(trained, first, 4)
+
+    # Without singular values the weights are what is trained.
+    model = build_llama()
+    optimizer = build_optimizer(model, "lora")
+    set_peft_model_state_dict(model, weights)
+    train_steps(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("method", ["dylora", "hyperdylora"])
+def test_weights_that_are_loaded_at_the_end_are_evaluated_and_saved(method: str) -> None:
+    """As ``load_best_model_at_end`` does."""
+    model = build_llama()
+    optimizer = build_optimizer(model, method)
+    train_steps(model, optimizer, 3)
+    best = {n: t.clone() for n, t in get_peft_model_state_dict(model).items()}
+    train_steps(model, optimizer, 3)
+    set_peft_model_state_dict(model, best)
+    model.eval()
+    model(input_ids=build_batch())
+    for name, tensor in get_peft_model_state_dict(model).items():
+        assert torch.equal(tensor, best[name]), name
+
+
+def test_a_saved_model_is_whole(tmp_path: Path) -> None:
+    model = build_llama()
+    train_steps(model, build_optimizer(model), 3)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    again = build_llama()
+    build_optimizer(again)
+    load_model(again, str(tmp_path / "model.safetensors"))
+    wanted = adapter(model)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in adapter(again).items())
+    live = dict(model.named_parameters(remove_duplicate=False))
+    assert all(t is live[n] for n, t in model.state_dict(keep_vars=True).items() if n in live)
+
+
+def test_a_step_within_autocast_is_as_precise() -> None:
+    ends = []
+    for enabled in (False, True):
+        model = build_llama(dtype=torch.float32)
+        optimizer = build_optimizer(model, "adalora")
+        for n in range(4):
+            for module in optimizer.layout.modules:
+                module.a.grad = torch.full_like(module.a, 0.01 * n)
+                module.b.grad = torch.linspace(-1, 1, module.b.numel()).view_as(module.b)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        ends.append(adapter(model))
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_a_state_fits_with_and_without_a_wrapper() -> None:
+    model = build_llama()
+    names = build_optimizer(model).state_dict()["modules"]
+    assert names[0] == "model.layers.0.self_attn.q_proj"
+    assert build_optimizer(torch.compile(build_llama())).state_dict()["modules"] == names
+    assert build_optimizer(torch.nn.ModuleDict({"module": build_llama()})).state_dict()["modules"] == names
+
+
+def test_groups_are_fixed() -> None:
+    with pytest.raises(ValueError, match="the parameter groups are fixed"):
+        build_optimizer(build_llama()).add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+
+
+def test_skipped_steps_are_told_of(recwarn: pytest.WarningsRecorder) -> None:
+    model = build_llama()
+    optimizer = build_optimizer(model)
+    for n in range(4 * LOOK):
+        no_gradients(optimizer)
+        if n in (3, 5, LOOK + 2):
+            optimizer.layout.modules[0].b.grad.fill_(float("nan"))
+        optimizer.step()
+    told = [str(w.message) for w in recwarn if "changed nothing" in str(w.message)]
+    assert [t.split(":")[0] for t in told] == [
+        f"{count} of the first {steps} steps changed nothing" for count, steps in ((2, LOOK), (3, 2 * LOOK))
+    ]
+
+
 # ---------------------------------------------------------------- arguments
 
 
@@ -382,7 +514,7 @@ def test_a_model_that_is_cast_afterwards_trains_all_that_it_has(method: str, dty
     train_steps(model, optimizer, 1)
     for name, parameter in named.items():
         assert not torch.equal(parameter, before[name]), name
-        assert parameter.dtype == (torch.float32 if ".lora_A." in name or ".lora_B." in name else dtype), name
+        assert parameter.dtype == dtype, name
 
 
 def test_bfloat16_adapters_keep_float32_factors() -> None:
