@@ -3,7 +3,8 @@
 All contestants are built on models of their own and take the same batches in turn, each round beginning with another
 one, so that what slows the machine slows all alike. A step is the loop's own: batch, forward, backward, optimizer,
 pruning events, statistics. Printed is the ratio of the seconds of twenty steps to the baseline's in the same rounds:
-its mean over the run with its interval (:func:`hyperlora.comparison.interval`). The warm-up is not counted.
+its mean over the run with its interval (:func:`hyperlora.comparison.interval`). The warm-up is not counted. Pruning
+events come as often as in a run of the recipe's own steps.
 
     OMP_NUM_THREADS=1 python -m benchmarks.step_time benchmarks/recipes/gsm8k.yaml --json out/step_time.json
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 from benchmarks.common import interleaved, provenance, write_json
 from hyperlora.comparison import interval
+from hyperlora.config import Problem, RecipeError
 from hyperlora.field import read_field, resolve
 from hyperlora.training import RunInfo, Silent, Trainer, World, global_batches
 from pipelines.common import load_recipe, shipped
@@ -35,7 +37,14 @@ def measure(path: str, overrides: list[str], only: list[str], rounds: int, warm_
     """
     field = read_field(shipped("fields")["default"])
     steps = warm_up + rounds
-    recipe = load_recipe(path, [*overrides, f"training.steps={steps}"])
+    own = load_recipe(path, overrides)
+    if own.training.steps is None:
+        allowed = "the steps of the run whose share of pruning events is timed"
+        raise RecipeError([Problem("training.steps", None, allowed)])
+    # A run of another length would prune at another share of its steps, which cost more than others.
+    interval_of_run = own.resolved_pruning(own.training.steps).interval
+    changes = [f"training.steps={steps}", f"pruning.interval={interval_of_run}"]
+    recipe = load_recipe(path, [*overrides, *changes])
     trainers = {
         c.name: Trainer(c.recipe, RunInfo(f"{folder}/{c.name}"), World(), Silent())
         for c in resolve(field, recipe, only)

@@ -130,6 +130,8 @@ def test_the_ablations_networks_are_of_one_size() -> None:
     attention = dict.fromkeys(["hyperadalora", "generate", "residual", "friction", "anchored", "reanchored"], 421_794)
     kinds = {"mlp": 421_798, "cnn": 421_432, "per-layer": 424_464}
     expected = attention | kinds | {f"anchored-{name}": count for name, count in kinds.items()}
+    # λ is one output for each direction of all modules, so that H_Λ is no small part.
+    expected |= dict.fromkeys(["triplet-gamma0", "triplet-gamma0.1", "generate-triplet-gamma0.1"], 534_579)
     assert {name: count(name) for name in expected} == expected
 
 
