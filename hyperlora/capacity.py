@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hyperlora.config import Problem, RayConfig
 
@@ -64,19 +65,22 @@ def may_grow(nodes: Sequence[Node]) -> bool:
 
 def grown(settings: RayConfig, nodes: Sequence[Node], growth: Growth) -> list[Node]:
     """The cluster of these nodes that holds most of a recipe's workers once its autoscaler has done what it can."""
-    names, kind = {g.name for g in growth.groups}, settings.accelerator_type
+    names = {g.name for g in growth.groups}
     candidates = []
     for group in growth.groups:
-        living = [n.resources for n in nodes if n.labels.get(GROUP) == group.name]
-        kinds = {r: 1.0 for resources in living for r in resources if r.startswith(ACCELERATOR)}
-        resources = kinds | dict(group.resources)
-        if kind and resources.get("GPU") and not any(r.startswith(ACCELERATOR) for r in resources):
-            resources[ACCELERATOR + kind] = 1.0  # a node finds out only when it starts
         count = UNLIMITED if group.most is None else min(group.most, UNLIMITED)
-        candidates += [Node(resources, {GROUP: group.name})] * count
+        # Living nodes know their accelerator, but an autoscaler does not learn it from them.
+        living = [{**n.resources, **group.resources} for n in nodes if n.labels.get(GROUP) == group.name]
+        equal = [*living, *[group.resources] * count][:count]
+        candidates += [Node(resources, {GROUP: group.name}) for resources in equal]
     candidates.sort(key=lambda n: _held(settings, n.resources), reverse=True)
     # What is idle now makes room for others.
     return [*(n for n in nodes if n.labels.get(GROUP) not in names), *candidates[: growth.most]]
+
+
+def _silent(group: Group) -> bool:
+    """Whether a group has GPUs and does not say of what kind."""
+    return bool(group.resources.get("GPU")) and not any(r.startswith(ACCELERATOR) for r in group.resources)
 
 
 def _each(settings: RayConfig) -> dict[str, float]:
@@ -89,7 +93,12 @@ def _held(settings: RayConfig, resources: Mapping[str, float]) -> int:
     kind = settings.accelerator_type
     if kind is not None and ACCELERATOR + kind not in resources:
         return 0
-    return min(_parts(name, amount, resources.get(name, 0)) for name, amount in _each(settings).items())
+    each = _each(settings)
+    held = min(_parts(name, amount, resources.get(name, 0)) for name, amount in each.items())
+    if isinstance(settings.num_workers, int):
+        return held
+    # For a range Ray divides floats: it finds four of 0.2 CPUs in one, and waits for ever for the fifth.
+    return min(held, *(int(resources.get(name, 0) // amount) for name, amount in each.items()))
 
 
 def _parts(name: str, amount: float, total: float) -> int:
@@ -139,20 +148,27 @@ def problems(settings: RayConfig, nodes: Sequence[Node], growth: Growth | None =
     if growth is not None:
         nodes = grown(settings, nodes, growth)
     there = sorted({r.removeprefix(ACCELERATOR) for n in nodes for r in n.resources if r.startswith(ACCELERATOR)})
+    silent = [g.name for g in growth.groups if _silent(g)] if kind is not None and growth is not None else []
+    advice = (
+        f"; its autoscaler starts no {', '.join(silent)} for it until they declare {ACCELERATOR}{kind} as a resource"
+    )
+    found: list[Problem] = []
+
+    def add(field: str, value: Any, allowed: str) -> None:
+        found.append(Problem(field, value, allowed + (advice if silent else "")))
+
     if kind is not None and kind not in there:
-        allowed = f"of the cluster's nodes: {', '.join(there) or 'none has an accelerator'}"
-        return [Problem("ray.accelerator_type", kind, allowed)]
+        add("ray.accelerator_type", kind, f"of the cluster's nodes: {', '.join(there) or 'none has an accelerator'}")
+        return found
     fit = [n.resources for n in nodes if kind is None or ACCELERATOR + kind in n.resources]
-    found = []
     for name, amount in each.items():
         key = f"ray.{name.lower()}s_per_worker"
         total, largest = sum(r.get(name, 0) for r in fit), max((r.get(name, 0) for r in fit), default=0)
         total = min(total, limits.get(name, total))
         if wanted > times(amount, total):
-            allowed = f"{wanted} workers need {wanted * amount:g} {name}s, the cluster {has} {total:g}"
-            found.append(Problem(key, amount, allowed))
+            add(key, amount, f"{wanted} workers need {wanted * amount:g} {name}s, the cluster {has} {total:g}")
         elif amount > largest:
-            found.append(Problem(key, amount, f"at most the {largest:g} {name}s of the largest node"))
+            add(key, amount, f"at most the {largest:g} {name}s of the largest node")
     if found:
         return found
     held = [_held(settings, r) for r in fit]
@@ -161,8 +177,8 @@ def problems(settings: RayConfig, nodes: Sequence[Node], growth: Growth | None =
     room = f"the cluster's {len(held)} nodes {hold} {counts} workers of {needs}"
     strict = {"STRICT_PACK": max(held), "STRICT_SPREAD": sum(h > 0 for h in held)}
     if wanted > sum(held):
-        found.append(Problem("ray.num_workers", settings.num_workers, room))
+        add("ray.num_workers", settings.num_workers, room)
     elif wanted > strict.get(settings.placement, wanted):
         where = "on one node" if settings.placement == "STRICT_PACK" else "on a node each"
-        found.append(Problem("ray.placement", settings.placement, f"{wanted} workers {where}: {room}"))
+        add("ray.placement", settings.placement, f"{wanted} workers {where}: {room}")
     return found

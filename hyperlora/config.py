@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
 from hyperlora import plain_yaml, uris
 from hyperlora.baselines import BASELINES, SINGLE_WORKER
@@ -238,7 +238,15 @@ def _workers(value: Any) -> Any:
     return tuple(parts) if several else value
 
 
+def _gpus(value: float) -> float:
+    """A part of one GPU, or whole ones: Ray refuses one and a half when it starts the worker."""
+    if value > 1 and value % 1:
+        raise ValueError("allowed: a part of one GPU, or a whole number")
+    return value
+
+
 Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_gpus)]
 Placement = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 Share = Annotated[float, Field(gt=0)]
 
@@ -251,7 +259,7 @@ class RayConfig(Section):
         1, description="Ray Train workers, which split each batch; [fewest, most]: as many as the cluster has room for"
     )
     cpus_per_worker: Share = Field(1, description="CPUs")
-    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs")
+    gpus_per_worker: Gpus = Field(0, description="GPUs")
     accelerator_type: str | None = Field(None, description="of the nodes for the workers, such as H100; null: any")
     placement: Placement = Field("PACK", description="of the workers on nodes: few nodes, or many; STRICT: or none")
     max_failures: NonNegative = Field(1, description="restarts from the last checkpoint after a worker died")
@@ -274,7 +282,7 @@ class ClusterConfig(Section):
     address: str | None = Field(None, description="URL of the cluster's dashboard, such as http://HOST:8265")
     num_workers: Workers | None = Field(None, description="in place of ray.num_workers")
     cpus_per_worker: Share | None = Field(None, description="in place of ray.cpus_per_worker")
-    gpus_per_worker: Annotated[float, Field(ge=0)] | None = Field(None, description="in place of ray.gpus_per_worker")
+    gpus_per_worker: Gpus | None = Field(None, description="in place of ray.gpus_per_worker")
     accelerator_type: str | None = Field(None, description="in place of ray.accelerator_type")
     placement: Placement | None = Field(None, description="in place of ray.placement")
     storage_uri: str | None = Field(None, description="in place of storage.uri")
@@ -666,6 +674,9 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
         add("training.batch_size", t.batch_size, f"must be {least} x training.gradient_accumulation = {parts}")
     if r.backend == "local" and r.most > 1:
         add("ray.num_workers", r.num_workers, "ray.backend=local runs one worker; use ray.backend=ray for more")
+    if not isinstance(r.num_workers, int) and r.placement.startswith("STRICT"):
+        # Ray starts as many as there is room for on all nodes together, and tries again without end what has no place.
+        add("ray.num_workers", r.num_workers, f"one number for ray.placement={r.placement}; PACK or SPREAD for a range")
     if recipe.optimizer.direction == "orthogonal" and METHODS[recipe.method].hypernetwork and h.update != "hybrid":
         add(
             "optimizer.direction", "orthogonal", f"adam for hypernetwork.update={h.update}: nothing is updated directly"
@@ -718,6 +729,20 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
     if t.steps is not None and not any(p.field.startswith(made_of) for p in found):
         found += schedule_problems(recipe, t.steps, modules=1)
     return found
+
+
+def sharing_problems(settings: RayConfig) -> list[Problem]:
+    """Parts of a GPU that the workers of one run cannot have; trials of one process each may share one."""
+    gpus = settings.gpus_per_worker
+    if settings.most == 1 or not 0 < gpus < 1:
+        return []
+    if not isinstance(settings.num_workers, int):
+        allowed = f"a whole number for ray.num_workers={list(settings.num_workers)}: Ray adds up parts of several GPUs"
+        return [Problem("ray.gpus_per_worker", gpus, allowed)]
+    if gpus <= 0.5 and settings.placement != "STRICT_SPREAD":
+        allowed = f"above 0.5 for {settings.most} workers: NCCL refuses two of a run on one GPU"
+        return [Problem("ray.gpus_per_worker", gpus, allowed)]
+    return []
 
 
 def _warm_start_problems(recipe: Recipe) -> list[Problem]:

@@ -45,6 +45,20 @@ def test_a_schedule_that_cannot_be_is_told_with_the_rest(recipe_file: Path, refu
         (["ray.num_workers=[2,1]"], "ray.num_workers: got [2, 1]; allowed: a number of at least 1, or [few"),
         (["ray.num_workers=[0,2]"], "ray.num_workers: got [0, 2]; allowed: a number of at least 1, or [few"),
         (["ray.num_workers=two"], "ray.num_workers: got 'two'; allowed: a number of at least 1, or [few"),
+        (
+            ["ray.num_workers=[1,2]", "ray.placement=STRICT_PACK", "ray.backend=ray"],
+            "1 problem: ray.num_workers: got (1, 2); one number for ray.placement=STRICT_PACK; PACK or SPREAD for a",
+        ),
+        # Of a range of one Ray counts the room in the same way.
+        (
+            ["ray.num_workers=[1,1]", "ray.placement=STRICT_SPREAD"],
+            "1 problem: ray.num_workers: got (1, 1); one num",
+        ),
+        (
+            ["ray.gpus_per_worker=1.5"],
+            "1 problem: ray.gpus_per_worker: got 1.5; allowed: a part of one GPU, or a",
+        ),
+        (["cluster.gpus_per_worker=2.5"], "cluster.gpus_per_worker: got 2.5; allowed: a part of one GPU, or a"),
         (["cluster.num_workers=0"], "cluster.num_workers: got 0; allowed: a number of at least 1"),
         (["cluster.placement=CLOSE"], "cluster.placement: got 'CLOSE'; allowed: 'PACK', 'SPREAD'"),
         (["pruning.count=1", "pruning.interval=5"], "use count >= 10"),
@@ -220,3 +234,8 @@ def test_a_summary_that_cannot_be_written_is_told_before_training(
 ) -> None:
     (tmp_path / "runs").mkdir()
     assert "; a writable file" in refused("train", recipe_file, "--json", target)
+
+
+def test_workers_of_a_run_do_not_share_a_gpu(recipe_file: Path, refused: Refused) -> None:
+    message = refused("train", recipe_file, "ray.backend=ray", "ray.num_workers=2", "ray.gpus_per_worker=0.25")
+    assert "ray.gpus_per_worker: got 0.25; above 0.5 for 2 workers" in message

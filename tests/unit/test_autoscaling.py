@@ -14,8 +14,9 @@ from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClien
 from ray.autoscaler._private.util import prepare_config
 from ray.core.generated.autoscaler_pb2 import ClusterConfig
 
-from hyperlora import autoscaling
+from hyperlora import autoscaling, capacity
 from hyperlora.capacity import Group, Growth
+from hyperlora.config import RayConfig
 
 INFRA = Path(__file__).parents[2] / "infra"
 
@@ -69,6 +70,10 @@ def test_our_cluster_on_kubernetes() -> None:
     (group,) = found.groups
     assert (group.name, group.most, found.most) == ("gpu", 4, 4)
     assert (group.resources["CPU"], group.resources["GPU"]) == (8, 1)
+    # None of its nodes lives yet.
+    for kind, fits in (("L4", True), ("H100", False)):
+        asked = RayConfig(num_workers=4, gpus_per_worker=1, accelerator_type=kind)
+        assert (capacity.problems(asked, [], found) == []) is fits
 
 
 @pytest.mark.usefixtures("kubernetes")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from hyperlora import capacity
 from hyperlora.capacity import Group, Growth, Node
-from hyperlora.config import RayConfig
+from hyperlora.config import RayConfig, sharing_problems
 
 NODES = [
     Node({"CPU": 4, "memory": 1e9}),
@@ -72,6 +74,7 @@ def test_an_autoscaler_may_start_what_is_not_there() -> None:
 
 SMALL = Group("small", {"CPU": 4}, 10)
 GPUS = Group("gpu", {"CPU": 8, "GPU": 1}, 4)
+L4S = Group("l4", {"CPU": 8, "GPU": 1, "accelerator_type:L4": 1}, 4)
 HEAD = Node({"CPU": 2}, {"ray.io/node-group": "head"})
 #: All that three of the small group are now.
 BUSY = [HEAD, *[Node({"CPU": 4}, {"ray.io/node-group": "small"})] * 3]
@@ -107,11 +110,17 @@ BUSY = [HEAD, *[Node({"CPU": 4}, {"ray.io/node-group": "small"})] * 3]
             Growth([Group("gpu", {"CPU": 8, "GPU": 1}, None)], resources={"GPU": 64}),
             "ray.gpus_per_worker: got 1.0; 99 workers need 99 GPUs, the cluster can have 64",
         ),
-        # Nobody knows the accelerator of a group before a node of it lives, unless the group says it.
-        ({"gpus_per_worker": 1, "accelerator_type": "H100"}, Growth([GPUS]), None),
+        # An autoscaler knows of a node that it has not started only what the group says.
+        (
+            {"gpus_per_worker": 1, "accelerator_type": "L4"},
+            Growth([SMALL, GPUS]),
+            "ray.accelerator_type: got 'L4'; of the cluster's nodes: none has an accelerator; its autoscaler starts "
+            "no gpu for it until they declare accelerator_type:L4 as a resource",
+        ),
+        ({"num_workers": 4, "gpus_per_worker": 1, "accelerator_type": "L4"}, Growth([L4S]), None),
         (
             {"gpus_per_worker": 1, "accelerator_type": "H100"},
-            Growth([Group("gpu", GPUS.resources | {"accelerator_type:L4": 1}, 4)]),
+            Growth([L4S]),
             "ray.accelerator_type: got 'H100'; of the cluster's nodes: L4",
         ),
         (
@@ -133,14 +142,19 @@ def test_an_autoscaler_goes_so_far(asked: dict[str, Any], growth: Growth, messag
         assert message in text
 
 
-def test_what_lives_says_the_accelerator_of_its_group() -> None:
+def test_what_lives_has_its_accelerator_and_says_nothing_of_the_next_node_of_its_group() -> None:
     living = Node({"CPU": 8, "GPU": 1, "accelerator_type:L4": 1}, {"ray.io/node-group": "gpu"})
-    asked = RayConfig(num_workers=2, gpus_per_worker=1, accelerator_type="L4")
+    asked = RayConfig(gpus_per_worker=1, accelerator_type="L4")
     assert capacity.problems(asked, [HEAD, living], Growth([GPUS])) == []
-    (problem,) = capacity.problems(
-        asked.model_copy(update={"accelerator_type": "H100"}), [HEAD, living], Growth([GPUS])
-    )
-    assert problem.field == "ray.accelerator_type"
+    several = asked.model_copy(update={"num_workers": 2})
+    assert [str(p) for p in capacity.problems(several, [HEAD, living], Growth([GPUS]))] == [
+        "ray.gpus_per_worker: got 1.0; 2 workers need 2 GPUs, the cluster can have 1; its autoscaler starts no gpu for "
+        "it until they declare accelerator_type:L4 as a resource"
+    ]
+    assert capacity.trials(asked, [HEAD, living], Growth([GPUS])) == 1
+    # The living one is one of the four.
+    declared = Growth([Group("gpu", L4S.resources, 4)])
+    assert capacity.trials(asked, [HEAD, living], declared) == 4
 
 
 @pytest.mark.parametrize(
@@ -189,6 +203,54 @@ def test_as_many_trials_run_at_a_time_as_the_nodes_hold(asked: dict[str, Any], t
 )
 def test_an_autoscaler_starts_nodes_for_trials(asked: dict[str, Any], growth: Growth | None, trials: int) -> None:
     assert capacity.trials(RayConfig(**asked), BUSY, growth) == trials
+
+
+@pytest.mark.parametrize(("amount", "total"), [(0.2, 1), (0.1, 1), (0.3, 3), (0.25, 1), (1, 4)])
+def test_workers_of_a_fraction_are_counted_exactly_and_those_of_a_range_as_ray_counts_them(
+    amount: float, total: int
+) -> None:
+    node, exactly = Node({"CPU": total}), round(total / amount)
+    for more, fits in ((0, True), (1, False)):
+        asked = RayConfig(num_workers=exactly + more, cpus_per_worker=amount)
+        assert (capacity.problems(asked, [node]) == []) is fits
+    scaling = ScalingConfig(num_workers=(1, exactly), resources_per_worker={"CPU": amount})
+    counted = ElasticScalingPolicy(scaling)._count_possible_workers({"node": {"CPU": float(total)}})
+    for fewest in range(1, exactly + 1):
+        asked = RayConfig(num_workers=(fewest, exactly), cpus_per_worker=amount)
+        assert (capacity.problems(asked, [node]) == []) is (fewest <= counted), "else Ray waits for ever"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"gpus_per_worker": 0.5}, None),
+        ({"num_workers": 2, "gpus_per_worker": 1}, None),
+        ({"num_workers": 2, "gpus_per_worker": 0}, None),
+        # Two of them are never on one GPU.
+        ({"num_workers": 2, "gpus_per_worker": 0.6}, None),
+        ({"num_workers": 2, "gpus_per_worker": 0.5, "placement": "STRICT_SPREAD"}, None),
+        ({"num_workers": 2, "gpus_per_worker": 0.5}, "got 0.5; above 0.5 for 2 workers: NCCL refuses two of a run on"),
+        (
+            {"num_workers": (1, 2), "gpus_per_worker": 0.6},
+            "got 0.6; a whole number for ray.num_workers=[1, 2]: Ray add",
+        ),
+        (
+            {"num_workers": (1, 2), "gpus_per_worker": 0.2},
+            "got 0.2; a whole number for ray.num_workers=[1, 2]: Ray add",
+        ),
+    ],
+)
+def test_workers_of_one_run_share_no_gpu(asked: dict[str, Any], message: str | None) -> None:
+    found = [str(p) for p in sharing_problems(RayConfig(**asked))]
+    assert len(found) == (message is not None)
+    assert all(f"ray.gpus_per_worker: {message}" in text for text in found)
+
+
+def test_ray_takes_parts_of_two_gpus_for_one_in_a_range() -> None:
+    scaling = ScalingConfig(num_workers=(1, 4), use_gpu=True, resources_per_worker={"CPU": 1, "GPU": 0.6})
+    room = {"node": {"CPU": 8.0, "GPU": 2.0}}
+    assert ElasticScalingPolicy(scaling)._count_possible_workers(room) == 3
+    assert capacity.trials(RayConfig(gpus_per_worker=0.6), [Node(room["node"])]) == 2, "all that there are places for"
 
 
 def test_parts_of_two_gpus_are_no_worker() -> None:

@@ -9,6 +9,7 @@ import copy
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,11 +20,13 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray._private import utils as ray_utils
+from ray.autoscaler._private.kuberay.utils import parse_quantity
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from sqlalchemy import make_url
 
-from hyperlora import jobs
-from hyperlora.config import apply_overrides, parse, read_yaml
+from hyperlora import autoscaling, capacity, jobs
+from hyperlora.config import RayConfig, apply_overrides, parse, read_yaml
 from pipelines.cli import parse_arguments
 from pipelines.common import shipped
 
@@ -31,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 PINS = dict(re.findall(r"^([a-z0-9_.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
+COMPOSE_GPU = yaml.safe_load((INFRA / "compose.gpu.yaml").read_text())
 KUBERAY = {p.stem: yaml.safe_load(p.read_text()) for p in sorted((INFRA / "kuberay").glob("*.yaml"))}
 SCHEMA = yaml.safe_load((ROOT / "tests/schemas/kuberay.yaml").read_text())
 CLOUD = yaml.safe_load((INFRA / "ray-cluster.yaml").read_text())
@@ -71,6 +75,31 @@ def test_the_compose_file_follows_the_specification() -> None:
     wrong["services"]["head"]["healthchek"] = wrong["services"]["head"].pop("healthcheck")
     with pytest.raises(ValueError, match="healthchek"):
         compose(wrong)
+
+
+def test_the_file_with_gpus_goes_over_the_other() -> None:
+    compose(COMPOSE_GPU)
+    for part in ("capabilities", "count"):
+        wrong = copy.deepcopy(COMPOSE_GPU)
+        (device,) = wrong["services"]["worker"]["deploy"]["resources"]["reservations"]["devices"]
+        device["x" + part] = device.pop(part)
+        with pytest.raises(ValueError, match=part):
+            compose(wrong)
+    # It builds and starts what the README builds.
+    readme = (INFRA / "README.md").read_text()
+    (built,) = re.findall(r"docker build .* -t (\S+:cuda) --build-arg (TORCH_INDEX=\S+)", readme)
+    for name, service in COMPOSE_GPU["services"].items():
+        assert "ray start" in COMPOSE["services"][name]["command"]
+        index = filled(service["build"]["args"]["TORCH_INDEX"])
+        assert (filled(service["image"]), f"TORCH_INDEX={index}") == built
+        assert set(service["build"]["args"]) <= set(COMPOSE["services"][name]["build"]["args"])
+    # Two nodes that see the same GPUs would both offer them.
+    (worker,) = (name for name, service in COMPOSE_GPU["services"].items() if "deploy" in service)
+    (device,) = COMPOSE_GPU["services"][worker]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert "--head" not in COMPOSE["services"][worker]["command"]
+    (files,) = re.findall(r"docker compose ((?:--file \S+ )+)", (INFRA / "compose.gpu.yaml").read_text())
+    assert files.split() == ["--file", "infra/compose.yaml", "--file", "infra/compose.gpu.yaml"]
 
 
 @pytest.mark.parametrize("name", KUBERAY)
@@ -116,8 +145,8 @@ def test_a_job_that_is_stopped_has_time_for_its_checkpoint() -> None:
     submitted = jobs._runtime(jobs.Job(words=(), files={}), ROOT)["env_vars"]
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": submitted}
     assert submitted["RAY_JOB_STOP_WAIT_TIME_S"] == str(jobs.STOP_SECONDS)
-    # The same when the RayJob is deleted: its pods are drained for as long, and killed later.
-    for group in groups("rayjob"):
+    # The same when RayJob or RayCluster is deleted: the pods are drained for as long, and killed later.
+    for group in [*groups("rayjob"), *groups("raycluster")]:
         pod = group["template"]["spec"]
         env = {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
         assert env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == str(jobs.STOP_SECONDS)
@@ -171,8 +200,102 @@ def test_rays_autoscaler_reads_the_groups() -> None:
     assert config["idle_timeout_minutes"] == 5
     types = config["available_node_types"]
     assert types["headgroup"]["resources"]["CPU"] == 0
-    assert types["gpu"]["resources"] | {"memory": 0} == {"CPU": 8, "GPU": 1, "memory": 0}
+    assert types["gpu"]["resources"] | {"memory": 0} == {"CPU": 8, "GPU": 1, "accelerator_type:L4": 1, "memory": 0}
     assert (types["gpu"]["min_workers"], types["gpu"]["max_workers"]) == (0, 4)
+
+
+def test_the_kind_of_a_gpu_is_quoted_for_all_that_read_it() -> None:
+    """The shell unquotes it, Ray's autoscaler drops its ends and all backslashes, the operator drops quotes alone."""
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+    from ray.autoscaler._private.cli_logger import cli_logger
+    from ray.autoscaler._private.kuberay.autoscaling_config import _get_custom_resources
+    from ray.scripts.scripts import parse_resources_json, start
+
+    (group,) = (g for g in groups("raycluster") if "resources" in g["rayStartParams"])
+    written = group["rayStartParams"]["resources"]
+    (kind,) = told = {"accelerator_type:L4": 1}
+    assert _get_custom_resources({}, group["rayStartParams"], "gpu") == told
+    assert json.loads(written.strip("'\"` ")) == told
+    command = ["bash", "-c", f"printf %s --resources={written}"]
+    given = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    taken = start.make_context("start", ["--head", given]).params["resources"]
+    node = ResourceAndLabelSpec(resources=parse_resources_json(taken, cli_logger, None)).resolve(is_head=False)
+    assert node.to_resource_dict()[kind] == 1
+
+
+def test_ray_up_asks_aws_for_the_kind_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the file need not say it."""
+    from ray.autoscaler._private.aws import node_provider
+    from ray.autoscaler._private.util import prepare_config
+
+    machine = {"VCpuInfo": {"DefaultVCpus": 16}, "MemoryInfo": {"SizeInMiB": 131072}}
+    gpu = machine | {"GpuInfo": {"Gpus": [{"Name": "L40S", "Count": 1}]}}
+    answer = [
+        {"InstanceType": kind["node_config"]["InstanceType"]} | (gpu if kind["resources"].get("GPU") else machine)
+        for kind in CLOUD["available_node_types"].values()
+    ]
+    monkeypatch.setattr(node_provider, "list_ec2_instances", lambda region, credentials: answer)
+    fill = node_provider.AWSNodeProvider.fillout_available_node_types_resources
+    found = autoscaling.configured(fill(prepare_config(copy.deepcopy(CLOUD))))
+    asked = RayConfig(num_workers=4, gpus_per_worker=1, accelerator_type="L40S")
+    assert capacity.problems(asked, [], found) == []
+
+
+# ---------------------------------------------------------------- shared memory
+
+
+def object_store(memory: int, shared: int) -> int:
+    """Bytes that Ray takes for its object store by itself in a container that has nothing in its memory yet."""
+    with mock.patch.object(ray_utils, "get_shared_memory_bytes", return_value=shared):
+        return ray_utils.resolve_object_store_memory(memory)
+
+
+def size(text: str) -> float:
+    """Bytes, of what Docker takes."""
+    found = re.fullmatch(r"([\d.]+)([kmg]?)b?", text.strip("'"))
+    assert found is not None, text
+    return float(found[1]) * 1024 ** " kmg".index(found[2] or " ")
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_the_object_store_of_a_pod_fits_into_its_shared_memory(name: str) -> None:
+    for group in groups(name):
+        container = group["template"]["spec"]["containers"][0]
+        memory = int(parse_quantity(container["resources"]["limits"]["memory"]))
+        # Where nothing is mounted there, the operator mounts a volume that is as large as the pod's memory.
+        assert "/dev/shm" not in [mount["mountPath"] for mount in container.get("volumeMounts", [])]
+        assert "object-store-memory" not in group["rayStartParams"]
+        assert object_store(memory, shared=memory) == int(0.3 * memory) < memory
+
+
+@pytest.mark.parametrize("service", ["head", "worker"])
+def test_the_object_store_of_a_container_fits_into_its_shared_memory(service: str) -> None:
+    from ray.scripts.scripts import start
+
+    shared = size(COMPOSE["services"][service]["shm_size"])
+    # By itself Ray takes a part of the machine's memory, of whatever size that is.
+    assert object_store(64 * 1024**3, int(shared)) > shared
+    given = start.make_context("start", words(COMPOSE["services"][service]["command"])[2:]).params
+    assert given["object_store_memory"] is not None
+    assert given["object_store_memory"] <= 0.75 * shared, "workers of a run share memory there as well"
+
+
+@pytest.mark.parametrize("name", CLOUD["available_node_types"])
+@pytest.mark.parametrize("gibibytes", [16, 128, 1024])
+def test_the_object_store_of_a_machine_fits_into_its_shared_memory(name: str, gibibytes: int) -> None:
+    from ray.autoscaler._private.command_runner import DockerCommandRunner
+    from ray.autoscaler._private.util import prepare_config
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+
+    runner = object.__new__(DockerCommandRunner)  # without a machine
+    memory = gibibytes * 1024**3
+    said = f"MemAvailable: {memory // 1024} kB".encode()
+    runner.ssh_command_runner = mock.Mock(**{"run.return_value": said})
+    config = AutoscalingConfig(prepare_config(copy.deepcopy(CLOUD)), skip_content_hash=True)
+    runner.docker_config = config.get_docker_config(name)
+    options = runner._auto_configure_shm([*runner.docker_config["run_options"]])
+    (shared,) = (size(o.partition("=")[2]) for o in options if o.startswith("--shm-size="))
+    assert object_store(memory, int(shared)) <= shared
 
 
 @pytest.mark.parametrize("service", ["head", "worker"])
