@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -198,7 +198,7 @@ def compare(
         text = ", ".join(f"{k} {theirs} (here {mine})" for k, (mine, theirs) in other.items())
         # Only files go to the cluster, and Ray itself sees to it that its nodes have one version of Python.
         small = other.keys() == {"python"}
-        advice = "what travels is source code" if small else "give all nodes the same image, or submit with --install"
+        advice = "what travels is source code" if small else "give all nodes the same image, or add --install"
         yield Check(name, "warn" if small else "fail", text, advice)
     else:
         yield Check(name, "ok", "the same versions as here")
@@ -211,6 +211,26 @@ def compare(
         yield Check(name, "fail", f"Ray gives out {gpus:g} GPUs, torch sees {told['gpus']}", advice)
     for check in told["checks"]:
         yield Check(f"{name}, {check[0]}", *check[1:])
+
+
+def silent(address: str, seconds: float) -> Check:
+    """A node that has not answered for so many seconds."""
+    advice = "look at its load, memory and disk, and at the network to it; if it is only busy, try again later"
+    return Check(f"node {address}", "fail", f"no answer in {seconds:.0f} s", advice)
+
+
+def joined(nodes: int, reason: str | None) -> Check:
+    """Whether NCCL joins GPUs of several nodes, and why not."""
+    if reason is None:
+        return Check("GPUs across nodes", "ok", f"one of each of {nodes} nodes, joined by NCCL")
+    advice = "let the nodes reach each other on all ports; NCCL_SOCKET_IFNAME names the interface if they have several"
+    return Check("GPUs across nodes", "fail", f"NCCL does not join those of {nodes} nodes ({reason})", advice)
+
+
+def absent(groups: Sequence[str]) -> Check:
+    """Groups of nodes that an autoscaler starts, and of which none is there."""
+    advice = "the autoscaler starts them for jobs that need them; try again while there is a node of each"
+    return Check("node groups", "warn", f"not tried, as no node of them is there: {', '.join(groups)}", advice)
 
 
 def token() -> Check:

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from ray._private.grpc_utils import init_grpc_channel
 from ray._raylet import Config  # type: ignore[attr-defined]
+from ray.actor import ActorHandle
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # type: ignore[attr-defined]
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
@@ -57,6 +58,8 @@ Event = tuple[str, tuple[Any, ...]]
 DASHBOARD = (ADDRESS, "RAY_ADDRESS")
 #: A resource that Ray gives to the head alone.
 HEAD = "node:__internal_head__"
+#: Seconds for which nobody takes the order to stop before the run ends without: Ray kills a job some minutes after.
+UNHEARD = 30.0
 
 
 class _QueueSink:
@@ -98,7 +101,10 @@ class _QueueSink:
 
 
 class _Order:
-    """The driver's order to stop, waited for in the background."""
+    """The driver's order to stop, waited for in the background.
+
+    Taken as often as it comes, until the worker is done: that is how the driver knows that there is one.
+    """
 
     def __init__(self, orders: Queue) -> None:
         self._given, self._over = threading.Event(), threading.Event()
@@ -116,7 +122,16 @@ class _Order:
             with suppress(Empty):
                 self._orders.get(timeout=1)
                 self._given.set()
-                return
+
+
+class _Trainer(TorchTrainer):
+    """Knows its controller: the one that waits for room does not listen, and is ended from outside."""
+
+    controller: ActorHandle | None = None
+
+    def _register_sigint_handler(self, controller: ActorHandle) -> None:
+        self.controller = controller
+        super()._register_sigint_handler(controller)  # type: ignore[misc]  # of version 2
 
 
 class _Preemption:
@@ -335,6 +350,7 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         RecipeError: the recipe does not fit the cluster, the data or the model.
         NonFiniteError: a loss or gradient was not finite.
         StoppedError: this process got SIGTERM, and the workers saved a checkpoint.
+        TerminatedError: this process got SIGTERM, and no worker was at work.
         NotStoredError: the end of the run could not be written.
         ReplacedError: another process has taken over the run.
         RuntimeError: workers died more often than ``ray.max_failures``.
@@ -354,7 +370,7 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         fs, root = storage.filesystem(info.uri)
         info = replace(info, rows=share_rows(recipe, info.rows))
         settings = recipe.ray
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             loop,
             train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": asdict(info)}
             | {"queue": queue, "orders": orders},
@@ -378,13 +394,16 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         over = threading.Event()
         failures: list[Exception] = []
         follower = threading.Thread(target=_follow, args=(queue, sink, over, failures), name="progress", daemon=True)
-        orderer = threading.Thread(target=_order, args=(notice, orders, over), name="stopping", daemon=True)
+        orderer = threading.Thread(target=_order, args=(notice, orders, trainer, over), name="stopping", daemon=True)
         orderer.start()
         follower.start()
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _failure(error) from error
+        except RayActorError:
+            notice.check()
+            raise
         finally:
             over.set()
             follower.join()
@@ -394,11 +413,17 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
             raise failures[0]
 
 
-def _order(notice: Notice, orders: Queue, over: threading.Event) -> None:
-    """Hand the wish to stop to worker 0."""
-    while not over.wait(0.1):
-        if notice.given():
+def _order(notice: Notice, orders: Queue, trainer: _Trainer, over: threading.Event) -> None:
+    """Hand the wish to stop to worker 0, and to the next one if it dies; where none is at work, end the run."""
+    since = time.monotonic()
+    while not over.wait(0.2):
+        if not notice.given() or trainer.controller is None:
+            continue
+        if orders.empty():
             orders.put("stop")
+            since = time.monotonic()
+        elif time.monotonic() - since > UNHEARD:
+            ray.kill(trainer.controller)
             return
 
 

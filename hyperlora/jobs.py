@@ -32,14 +32,14 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 from requests.exceptions import RequestException
 
-from hyperlora import autoscaling, tokens, uris
+from hyperlora import autoscaling, collective, tokens, uris
 from hyperlora.capacity import Growth, Node
 from hyperlora.config import Problem, RecipeError, first_line
 from hyperlora.environment import ADDRESS, GIVEN, changed, take_given
@@ -54,6 +54,10 @@ STOP_SECONDS = 300
 RETRY, LOST = 2.0, 600.0
 #: Seconds without output after which the connection that brings it is made anew: it may be open at this end alone.
 QUIET = 60.0
+#: Seconds that a node has for an answer.
+ANSWER = 120.0
+#: Seconds that all nodes have to install what a job needs: as many as Ray gives the first of them.
+INSTALLED = 900.0
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 #: Extras of this package for stores that not everybody has.
@@ -310,10 +314,11 @@ def growth(client: JobSubmissionClient, job: Job) -> Growth | None:
         pack(small_job, Path(folder))
         runtime, what = _runtime(small_job, Path(folder)), "(how far the autoscaler goes)"
         small = _sent(client, "python -m hyperlora.autoscaling", runtime, what, lambda reason: None)
-    deadline, status = time.monotonic() + LOST, JobStatus.PENDING
+    deadline, status, told = time.monotonic() + LOST, JobStatus.PENDING, None
     while status not in ENDED and time.monotonic() < deadline:
         with suppress(RequestException):
-            status = client.get_job_status(small)
+            found = client.get_job_info(small)
+            status, told = found.status, reason(found)
         time.sleep(0.5)
     text = client.get_job_logs(small)
     if status not in ENDED:
@@ -321,12 +326,12 @@ def growth(client: JobSubmissionClient, job: Job) -> Growth | None:
     try:
         return autoscaling.read(text)
     except ValueError as error:
-        last = (text.strip().splitlines() or [""])[-1]
+        last = (told or text).strip().rpartition("\n")[2]
         allowed = f"a cluster whose head runs jobs; the one that asks for its autoscaler {status.value.lower()}: {last}"
         raise RecipeError([Problem("job", small, allowed)]) from error
 
 
-def follow(address: str, job_id: str, show: Callable[[str], None], lost: Callable[[str], None]) -> JobStatus:
+def follow(address: str, job_id: str, show: Callable[[str], None], lost: Callable[[str], None]) -> JobDetails:
     """Show a job's output until it ends, however often the connection is lost meanwhile; returns how it ended.
 
     Args:
@@ -343,11 +348,11 @@ def follow(address: str, job_id: str, show: Callable[[str], None], lost: Callabl
     while True:
         try:
             client = connect(address)
-            status = known(client, job_id, address).status
+            job = known(client, job_id, address)
             lost_since = None
-            if status in ENDED:
+            if job.status in ENDED:
                 show(client.get_job_logs(job_id)[shown:])
-                return status
+                return job
             for text in _tail(client, job_id, shown):
                 shown += len(text)
                 show(text)
@@ -385,6 +390,12 @@ def known(client: JobSubmissionClient, job_id: str, address: str) -> JobDetails:
     return found
 
 
+def reason(job: JobDetails) -> str | None:
+    """Why a job failed whose output does not say it: its command did not start, or was lost with its node."""
+    told = job.status == JobStatus.FAILED and job.driver_exit_code is None
+    return (job.message or "").strip() or None if told else None
+
+
 def _tail(client: JobSubmissionClient, job_id: str, skip: int) -> Iterator[str]:
     """New output while the job runs, past the first ``skip`` characters; ends when there is none for a while."""
     stream = client.tail_job_logs(job_id)
@@ -401,23 +412,58 @@ def _tail(client: JobSubmissionClient, job_id: str, skip: int) -> Iterator[str]:
                 yield new
 
 
-def each_node(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[dict[str, Any], Any, float, float]]:
+def each_node(
+    function: Callable[..., Any], *arguments: Any, start: float = ANSWER
+) -> Iterator[tuple[dict[str, Any], Any, float, float]]:
     """Call a function on every living node of the cluster that this process is in.
+
+    Args:
+        function: that each node can import.
+        arguments: of the function.
+        start: seconds until the first process of the job has to run on all of them.
 
     Yields:
         The node as Ray describes it, what the function returned (or its exception), and the times before and after,
         seconds.
     """
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    for living in [n for n in ray.nodes() if n["Alive"]]:
-        place = NodeAffinitySchedulingStrategy(living["NodeID"], soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=place)
+    alive = [n for n in ray.nodes() if n["Alive"]]
+    # On all at once, since each may install what the job needs.
+    ray.wait([_task(node, lambda: None).remote() for node in alive], num_returns=len(alive), timeout=start)
+    for node in alive:
         asked = time.time()
         try:
-            answer: Any = ray.get(task.remote(*arguments), timeout=120)
+            answer: Any = ray.get(_task(node, function).remote(*arguments), timeout=ANSWER)
         except RayError as error:
             answer = error
-        yield living, answer, asked, time.time()
+        yield node, answer, asked, time.time()
+
+
+def _task(node: Mapping[str, Any], function: Callable[..., Any]) -> Any:
+    """A function as a task of one node, however busy it is."""
+    place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=place)
+
+
+def apart(backend: str, nodes: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why processes, one on each of these nodes of the cluster, do not come together; None when they do.
+
+    Args:
+        backend: nccl, with the first GPU of each, or gloo.
+        nodes: as Ray describes them, at least one.
+    """
+    try:
+        at = ray.get(_task(nodes[0], collective.free_address).remote(nodes[0]["NodeManagerAddress"]), timeout=ANSWER)
+        tasks = [
+            _task(node, collective.problem).remote(backend, 1, first=rank, of=len(nodes), at=at)
+            for rank, node in enumerate(nodes)
+        ]
+        told = ray.get(tasks, timeout=ANSWER)
+    except RayError as error:
+        return first_line(error.cause if isinstance(error, RayTaskError) else error)
+    found = [f"{n['NodeManagerAddress']}: {t}" for n, t in zip(nodes, told, strict=True) if t is not None]
+    # One that fails leaves the others waiting for it, who say less.
+    return min(found, key=lambda text: collective.NOTHING in text, default=None)
 
 
 def listed(client: JobSubmissionClient) -> list[JobDetails]:

@@ -141,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change the recipe")
     doctor.add_argument("--address", metavar="URL", help="of a cluster's dashboard: every node is tried as well")
     doctor.add_argument("--env", default="", metavar="NAME,NAME", help="variables of here whose values the nodes get")
+    doctor.add_argument("--install", action="store_true", help="install the dependencies on the nodes first")
     doctor.add_argument("--expect", help=argparse.SUPPRESS)  # in the cluster: versions of who asks, as JSON
 
     add("recipes", "List the recipes that ship with the package.")

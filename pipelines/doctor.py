@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.job_submission import JobStatus
 from rich.console import Console
 from rich.text import Text
 
 from hyperlora import capacity, diagnosis, jobs
-from hyperlora.config import Recipe, RecipeError, first_line
+from hyperlora.config import Problem, Recipe, RecipeError, first_line
 from hyperlora.diagnosis import Check
 from hyperlora.tracking import versions
 from pipelines.common import load_recipe, write_json
@@ -27,11 +27,14 @@ STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 def main(args: Namespace, console: Console) -> int:
     """Run every check; returns 1 when one failed."""
     recipe = load_recipe(args.recipe, args.overrides)
-    if problems := unset(args.env):
+    alone = args.address is None
+    problems = unset(args.env)
+    if args.install and alone and not args.expect:
+        problems.append(Problem("--install", True, "with --address: it is the nodes that install"))
+    if problems:
         raise RecipeError(problems)
     found = []
-    alone = args.address is None
-    for check in _inside(recipe, json.loads(args.expect)) if args.expect else _here(recipe, alone):
+    for check in _inside(recipe, json.loads(args.expect), args.install) if args.expect else _here(recipe, alone):
         found.append(check)
         _show(check, console)
     if not alone:
@@ -68,7 +71,7 @@ def _here(recipe: Recipe, alone: bool) -> Iterator[Check]:
             yield replace(check, state="warn", advice="what counts is whether the cluster reaches it: below")
 
 
-def _inside(recipe: Recipe, expected: dict[str, str]) -> Iterator[Check]:
+def _inside(recipe: Recipe, expected: dict[str, str], install: bool) -> Iterator[Check]:
     """In a job: storage and MLflow as its process sees them, then as every node does."""
     yield from diagnosis.store(recipe.storage.uri)
     yield diagnosis.tracking(recipe.mlflow)
@@ -76,13 +79,32 @@ def _inside(recipe: Recipe, expected: dict[str, str]) -> Iterator[Check]:
         place: str | None = None
         with suppress(OSError):  # told above
             place = stack.enter_context(diagnosis.mark(recipe.storage.uri))
-        for node, told, asked, answered in jobs.each_node(diagnosis.node, place, recipe.mlflow):
-            if isinstance(told, BaseException):
+        start = jobs.INSTALLED if install else jobs.ANSWER
+        with_gpus = []
+        for node, told, asked, answered in jobs.each_node(diagnosis.node, place, recipe.mlflow, start=start):
+            if isinstance(told, GetTimeoutError):
+                yield diagnosis.silent(node["NodeManagerAddress"], jobs.ANSWER)
+            elif isinstance(told, BaseException):
                 advice = "look at the node's logs; is the package installed there?"
                 reason = first_line(told.cause if isinstance(told, RayTaskError) else told)
                 yield Check(f"node {node['NodeManagerAddress']}", "fail", reason, advice)
             else:
                 yield from diagnosis.compare(expected, told, asked, answered, node["Resources"].get("GPU", 0))
+                with_gpus += [node] if told["gpus"] else []
+        if len(with_gpus) > 1:
+            yield diagnosis.joined(len(with_gpus), jobs.apart("nccl", with_gpus))
+        yield from _not_there()
+
+
+def _not_there() -> Iterator[Check]:
+    """Of the nodes that the cluster's autoscaler may start, those that nothing is known of."""
+    from hyperlora import distributed  # seconds of import that are not needed where no cluster is
+
+    nodes = distributed.living()
+    if capacity.may_grow(nodes) and (growth := distributed.growth()) is not None:
+        there = {n.labels.get(capacity.GROUP) for n in nodes}
+        if missing := [g.name for g in growth.groups if g.most != 0 and g.name not in there]:
+            yield diagnosis.absent(missing)
 
 
 def _on_cluster(args: Namespace, console: Console) -> list[Check]:
@@ -103,11 +125,11 @@ def _on_cluster(args: Namespace, console: Console) -> list[Check]:
     for check in found:
         _show(check, console)
     words, files = with_files(["doctor", args.recipe, *args.overrides, *changes], [args.recipe])
-    env = [*args.env, *recipe.cluster.env]
-    job = jobs.Job(words, files, env, more=["--expect", json.dumps(versions())])
+    env, more = [*args.env, *recipe.cluster.env], ["--expect", json.dumps(versions())]
+    job = jobs.Job(words, files, env, args.install, [*more, *(["--install"] if args.install else [])])
     with jobs.answered(args.address):
         job_id, _ = send(client, job, console)
-    status = follow(args.address, job_id, console)
+    status = follow(args.address, job_id, console).status
     with jobs.answered(args.address):
         told = shown(client.get_job_logs(job_id))
     if status != JobStatus.SUCCEEDED and all(c.state != "fail" for c in told):

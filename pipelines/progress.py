@@ -22,6 +22,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
+#: Seconds after which a run that nobody watches on a terminal writes a line, whatever came of its steps.
+EVERY = 60.0
+#: Seconds that two steps may be apart and still tell of the time left.
+SLOWEST = 300.0
+
 
 class _Left(ProgressColumn):
     """Time left, which falls while nothing else changes."""
@@ -123,7 +128,7 @@ class ProgressSink:
         self._console, self._total = console, total_steps
         self._live = console.is_terminal
         self._rate = 0.0
-        self._next_line = 0
+        self._next_line, self._next_time = 0, 0.0
         self._started = time.monotonic()
         self._closed = threading.Event()
         self._bar = Progress(
@@ -136,6 +141,7 @@ class ProgressSink:
             console=console,
             transient=True,
             disable=not self._live,
+            speed_estimate_period=SLOWEST,
         )
         self._task = self._bar.add_task("starting", total=total_steps, detail="")
         self._bar.start()
@@ -150,9 +156,11 @@ class ProgressSink:
         self._rate = seen if not self._rate else 0.9 * self._rate + 0.1 * seen
         detail = f"loss {metrics['loss']:.3f}  rank {metrics['live_rank']:.0f}  {self._rate:,.0f} tok/s"
         self._bar.update(self._task, completed=step, detail=detail)
-        if not self._live and (step >= self._next_line or step == self._total):
-            self._print(f"step {step}/{self._total}  {detail}")
-            self._next_line = step + max(1, self._total // 10)
+        now = time.monotonic()
+        if not self._live and (step >= min(self._next_line, self._total) or now >= self._next_time):
+            left = self._bar.tasks[self._task].time_remaining
+            self._print(f"step {step}/{self._total}  {detail}{f'  about {duration(left)} left' if left else ''}")
+            self._next_line, self._next_time = step + max(1, self._total // 10), now + EVERY
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         seen = {k: v for k, v in metrics.items() if not k.startswith("monitor/")}
@@ -166,7 +174,8 @@ class ProgressSink:
         return lambda: None
 
     def _print(self, text: str) -> None:
-        self._console.print(f"[dim]{time.monotonic() - self._started:5.0f} s[/]  {text}", highlight=False)
+        shown = f"[dim]{time.monotonic() - self._started:5.0f} s[/]  {text}"
+        self._console.print(shown, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if not self._closed.is_set():

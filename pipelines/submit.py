@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 from rich.text import Text
 
@@ -41,11 +41,11 @@ def main(args: Namespace, inner: Namespace, console: Console) -> int:
     summary = {"job_id": job_id, "address": address, "bytes": size, "command": list(job.words)}
     if args.no_follow:
         console.print(f"hyperlora logs {job_id} --follow --address {address}", highlight=False, soft_wrap=True)
-        write_json(args.json, summary | {"status": None})
+        write_json(args.json, summary | {"status": None, "reason": None})
         return 0
-    status = follow(address, job_id, console)
-    write_json(args.json, summary | {"status": status.value})
-    return _exit(status)
+    ended = follow(address, job_id, console)
+    write_json(args.json, summary | _outcome(ended))
+    return _exit(ended.status)
 
 
 def _job(args: Namespace, inner: Namespace) -> tuple[RayConfig, jobs.Job, str]:
@@ -79,7 +79,10 @@ def _job(args: Namespace, inner: Namespace) -> tuple[RayConfig, jobs.Job, str]:
         raise RecipeError(problems)
     words, files = with_files(args.words, [getattr(inner, name, None) for name in FILES])
     there_only = THERE if inner.command == "train" else THERE[:1]
-    settings = recipe.ray if workers is None else recipe.ray.model_copy(update={"num_workers": workers})
+    changed: dict[str, object] = {} if workers is None else {"num_workers": workers}
+    if inner.command in ("study", "compare"):
+        changed["placement"] = "PACK"  # whatever the recipe says: their trials know nothing of each other
+    settings = recipe.ray.model_copy(update=changed)
     return settings, jobs.Job([*words, *changes], files, env, args.install, there_only), address
 
 
@@ -195,7 +198,7 @@ def unreachable(recipe: Recipe) -> list[Problem]:
     return found
 
 
-def follow(address: str, job_id: str, console: Console) -> JobStatus:
+def follow(address: str, job_id: str, console: Console) -> JobDetails:
     within_line = False
 
     def show(text: str) -> None:
@@ -209,12 +212,22 @@ def follow(address: str, job_id: str, console: Console) -> JobStatus:
         console.print(Text(told, "yellow"), soft_wrap=True)
 
     try:
-        status = jobs.follow(address, job_id, show, lost)
+        ended = jobs.follow(address, job_id, show, lost)
     except KeyboardInterrupt:
         console.print(f"\nthe job goes on; hyperlora logs {job_id} --follow --address {address}", soft_wrap=True)
         raise
-    console.print(f"[bold]{job_id}[/] {status.value.lower()}", highlight=False)
-    return status
+    console.print(f"[bold]{job_id}[/] {ended.status.value.lower()}", highlight=False)
+    _explain(ended, console)
+    return ended
+
+
+def _explain(job: JobDetails, console: Console) -> None:
+    if (reason := jobs.reason(job)) is not None:
+        console.print(Text(reason, "red"), soft_wrap=True)
+
+
+def _outcome(job: JobDetails) -> dict[str, str | None]:
+    return {"status": job.status.value, "reason": jobs.reason(job)}
 
 
 def _exit(status: JobStatus) -> int:
@@ -251,14 +264,15 @@ def logs(args: Namespace, console: Console) -> int:
     """Show a job's output; returns its exit status when followed."""
     client = jobs.connect(args.address)
     if args.follow:
-        status = follow(args.address, args.job, console)
-        write_json(args.json, {"job_id": args.job, "status": status.value})
-        return _exit(status)
+        ended = follow(args.address, args.job, console)
+        write_json(args.json, {"job_id": args.job} | _outcome(ended))
+        return _exit(ended.status)
     with jobs.answered(args.address):
-        status = jobs.known(client, args.job, args.address).status
+        job = jobs.known(client, args.job, args.address)
         text = client.get_job_logs(args.job)
     console.print(Text.from_ansi(text), soft_wrap=True)
-    write_json(args.json, {"job_id": args.job, "status": status.value, "logs": text})
+    _explain(job, console)
+    write_json(args.json, {"job_id": args.job} | _outcome(job) | {"logs": text})
     return 0
 
 
@@ -266,12 +280,12 @@ def stop(args: Namespace, console: Console) -> int:
     """Tell a job to save a checkpoint and end, and wait for it; returns the exit status."""
     client = jobs.connect(args.address)
     with jobs.answered(args.address):
-        status = jobs.known(client, args.job, args.address).status
+        job = jobs.known(client, args.job, args.address)
         running = client.stop_job(args.job)
     if running:
-        status = follow(args.address, args.job, console)
+        job = follow(args.address, args.job, console)
     else:
         console.print(f"{args.job} is not running")
-    write_json(args.json, {"job_id": args.job, "status": status.value})
+    write_json(args.json, {"job_id": args.job} | _outcome(job))
     # One that came to its end meanwhile is no failure to stop it.
-    return 0 if running and status in (JobStatus.STOPPED, JobStatus.SUCCEEDED) else 1
+    return 0 if running and job.status in (JobStatus.STOPPED, JobStatus.SUCCEEDED) else 1

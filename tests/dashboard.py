@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from aiohttp import web
 from s3 import free_port
 
-JOB = {"type": "SUBMISSION", "entrypoint": "python", "message": None, "error_type": None}
+JOB = {"submission_id": "job", "entrypoint": "python", "error_type": None}
 
 
 class Dashboard:
@@ -21,6 +21,8 @@ class Dashboard:
         text: that it has written.
         quiet: its output does not come to an end, nor does anything come, on connections made while this is true.
         kind: SUBMISSION or DRIVER.
+        message: that Ray has for its state.
+        exit_code: of its command; None: Ray has not seen it end.
         failing: status of every answer about the job instead of 200.
         token: that it asks for; empty for none.
         stops: times that it was told to stop the job.
@@ -28,6 +30,8 @@ class Dashboard:
 
     def __init__(self) -> None:
         self.status, self.text, self.kind = "RUNNING", "", "SUBMISSION"
+        self.message = "Job is currently running."
+        self.exit_code: int | None = None
         self.quiet, self.failing = False, 0
         self.token, self.stops = "", 0
         self._end = asyncio.Event()
@@ -39,7 +43,8 @@ class Dashboard:
     async def job(self, request: web.Request) -> web.Response:
         if self.failing:
             return web.Response(status=self.failing, text="the agent is gone")
-        return web.json_response(JOB | {"type": self.kind, "status": self.status, "submission_id": "job"})
+        state = {"type": self.kind, "status": self.status, "message": self.message, "driver_exit_code": self.exit_code}
+        return web.json_response(JOB | state)
 
     async def listing(self, request: web.Request) -> web.Response:
         if self.token not in request.headers.get("Authorization", ""):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from nodes import BIN, PORTS, hyperlora, wait_until
+from nodes import BIN, PORTS, TOKEN, Cluster, hyperlora, wait_until
 from ray.util import get_node_ip_address
 from s3 import free_port
 
@@ -155,3 +156,42 @@ def test_a_node_that_does_not_share_the_storage(tmp_path: Path) -> None:
     assert (missing[1], works[1]) == ("fail", "ok")
     assert "same place from every node" in missing[3]
     assert not list(tmp_path.glob("*/.doctor-*")), "nothing is left behind"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head and a node, and a group that its autoscaler has no node of."""
+    found = Cluster(1, 1, grows={"large": {"resources": {"CPU": 8}, "max_workers": 1}})
+    try:
+        yield found
+    finally:
+        found.kill()
+
+
+def test_groups_of_nodes_that_are_not_there_are_named(cluster: Cluster, recipe_file: Path, tmp_path: Path) -> None:
+    summary = tmp_path / "doctor.json"
+    done = hyperlora("doctor", str(recipe_file), "--address", cluster.url, "--json", str(summary))
+    assert done.returncode == 0, done
+    checks = [(c["name"], c["state"], c["found"]) for c in json.loads(summary.read_text())["checks"]]
+    assert ("node groups", "warn", "not tried, as no node of them is there: large") in checks
+    assert len([name for name, state, _ in checks if name.endswith(", disk")]) == 2, "the nodes that are there"
+
+
+APART = """
+import json, ray
+from hyperlora import jobs
+ray.init(address="auto", log_to_driver=False)
+nodes = [n for n in ray.nodes() if n["Alive"]]
+lost = [nodes[0], nodes[1] | {"NodeID": "0" * 56}]
+print(json.dumps([jobs.apart("gloo", nodes), jobs.apart("nonsense", nodes), jobs.apart("gloo", lost)]))
+"""
+
+
+def test_processes_of_several_nodes_come_together(cluster: Cluster) -> None:
+    """The check that nodes with GPUs get with NCCL, on CPUs."""
+    env = os.environ | TOKEN | {"RAY_ADDRESS": str(cluster.head.address)}
+    done = subprocess.run([sys.executable, "-c", APART], env=env, capture_output=True, text=True, check=True)
+    together, nonsense, lost = json.loads(done.stdout.splitlines()[-1])
+    assert together is None
+    assert nonsense.endswith(" of 2: AssertionError: Unknown backend type nonsense")
+    assert lost

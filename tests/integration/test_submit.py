@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 from conftest import small_recipe
-from nodes import TOKEN, Cluster, Line, hyperlora, submit
+from mlflow import MlflowClient
+from nodes import BIN, TOKEN, Cluster, Line, hyperlora, submit, wait_until
 
 from hyperlora import jobs
 from pipelines.cli import main
@@ -96,6 +98,27 @@ def test_a_stopped_job_saves_a_checkpoint_and_goes_on_when_submitted_again(addre
     whole = results(tmp_path, "long")[-1]
     assert resumed["losses"] == pytest.approx(whole["losses"], abs=1e-4)  # one worker, not two
     assert resumed["modules"] == whole["modules"]
+
+
+def test_a_job_that_waits_for_room_is_stopped_as_well(address: str, tmp_path: Path) -> None:
+    """None of its workers runs: nobody is there to save a checkpoint, and it ends as what was interrupted."""
+    path = recipe_file(tmp_path, "waiting")
+    full = [BIN / "ray", "job", "submit", f"--address={address}", "--submission-id=full", "--entrypoint-num-cpus=2"]
+    subprocess.run([*full, "--no-wait", "--", "sleep", "900"], env=os.environ | TOKEN, check=True)
+    try:
+        job = submit(address, tmp_path, "train", str(path), "mlflow.enabled=true", "--no-follow")["job_id"]
+        logs = ["logs", job, "--address", address]
+        wait_until(lambda: "starting workers" in hyperlora(*logs).stdout, 180)
+        began = time.monotonic()
+        stopped = hyperlora("stop", job, "--address", address)
+        took = time.monotonic() - began
+    finally:
+        hyperlora("stop", "full", "--address", address)
+    assert stopped.returncode == 0, stopped
+    assert "interrupted; the same command with --resume goes on from the last checkpoint" in stopped.stdout
+    assert took < jobs.STOP_SECONDS / 2, "Ray had to kill it"
+    (tracked,) = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs(["1"])
+    assert tracked.info.status == "KILLED"
 
 
 def test_searches_are_jobs_that_share_the_cluster_and_the_rows(address: str, tmp_path: Path) -> None:

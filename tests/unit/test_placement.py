@@ -26,6 +26,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ScalingConfig]:
     found: list[ScalingConfig] = []
 
     class Trainer:
+        controller = None
+
         def __init__(self, loop: Any, *, scaling_config: ScalingConfig, **options: Any) -> None:
             found.append(scaling_config)
 
@@ -38,7 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ScalingConfig]:
     monkeypatch.setattr(distributed, "cluster", lambda recipe, verbose: nullcontext())
     monkeypatch.setattr(distributed, "Queue", lambda **options: queue)
     monkeypatch.setattr(distributed, "share_rows", lambda recipe, rows: "rows")
-    monkeypatch.setattr(distributed, "TorchTrainer", Trainer)
+    monkeypatch.setattr(distributed, "_Trainer", Trainer)
     return found
 
 

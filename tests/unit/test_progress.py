@@ -1,8 +1,9 @@
-"""What a user sees of many trials while they run: on a terminal, and in a file."""
+"""What a user sees of a run, and of many trials, while they are at work: on a terminal, and in a file."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console
 from hyperlora.search import Plan, Result, Trial
 from pipelines import progress, searching
 from pipelines.common import load_recipe
-from pipelines.progress import TrialsProgress
+from pipelines.progress import ProgressSink, TrialsProgress
 
 
 class Clock:
@@ -169,3 +170,33 @@ def test_resumed_searches_go_on_counting(clock: Clock, monkeypatch: pytest.Monke
         "    0 s  t2 failed  (3/4  1 running  2 failed  best t1 0.5  about 60 s left)",
         "    0 s  t3 finished  (4/4  0 running  2 failed  best t1 0.5)",
     ]
+
+
+@pytest.mark.parametrize("each", [7, 100])
+def test_a_run_that_takes_long_has_a_line_every_minute_with_the_time_left(each: float, clock: Clock) -> None:
+    screen = io.StringIO()
+    sink = ProgressSink(Console(file=screen, width=40, get_time=clock.monotonic), 1000)
+    lines: list[tuple[float, str]] = []
+    for step in range(1, 29):
+        clock.now += each
+        sink.step(step, {"tokens_per_second": 1000, "loss": 1.0, "live_rank": 8})
+        lines += [(clock.now, line) for line in screen.getvalue().splitlines()[len(lines) :]]
+    # At the first step after a minute.
+    assert [after - now for (now, _), (after, _) in itertools.pairwise(lines)] == [max(63, each)] * (len(lines) - 1)
+    assert len(lines) == (4 if each == 7 else 28)
+    left = progress.duration(972 * each)
+    assert lines[-1][1] == f"{28 * each:5.0f} s  step 28/1000  loss 1.000  rank 8  1,000 tok/s  about {left} left"
+    sink.close()
+
+
+def test_a_run_that_takes_seconds_has_a_line_every_tenth_of_its_steps(clock: Clock) -> None:
+    screen = io.StringIO()
+    sink = ProgressSink(Console(file=screen, width=40, get_time=clock.monotonic), 50)
+    for step in range(1, 51):
+        clock.now += 0.1
+        sink.step(step, {"tokens_per_second": 1000, "loss": 1.0, "live_rank": 8})
+    steps = [int(n) for n in re.findall(r"step (\d+)/50", screen.getvalue())]
+    assert steps == [1, 6, 11, 16, 21, 26, 31, 36, 41, 46, 50]
+    assert "left" not in screen.getvalue().splitlines()[0], "nobody knows yet"
+    assert screen.getvalue().splitlines()[-1].endswith("1,000 tok/s"), "it is over"
+    sink.close()

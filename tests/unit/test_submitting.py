@@ -19,11 +19,12 @@ from typing import Any
 import dashboard
 import pytest
 from nodes import wait_until
-from ray.job_submission import JobStatus
+from ray.exceptions import GetTimeoutError, RayError
+from ray.job_submission import JobDetails, JobStatus, JobType
 from ray.runtime_env import RuntimeEnv
 from rich.console import Console
 
-from hyperlora import jobs, tokens
+from hyperlora import capacity, distributed, jobs, tokens
 from hyperlora.capacity import Node
 from hyperlora.config import RecipeError
 from hyperlora.diagnosis import Check
@@ -196,6 +197,16 @@ def test_the_cluster_has_to_hold_what_is_at_work_at_a_time(command: str, option:
     assert sent(command, "quickstart", *THERE, *option)[0].num_workers == workers
 
 
+@pytest.mark.parametrize("placement", ["STRICT_PACK", "STRICT_SPREAD"])
+@pytest.mark.parametrize("command", ["train", "tune", "study", "compare"])
+def test_where_workers_have_to_be_is_nothing_to_trials_of_one_process(command: str, placement: str) -> None:
+    """Two trials at a time, on one node and on nodes of which none holds two."""
+    nodes = [Node({"CPU": 2})] if placement == "STRICT_SPREAD" else [Node({"CPU": 1}), Node({"CPU": 1})]
+    words = ["quickstart", *THERE, f"ray.placement={placement}", *(["--workers", "2"] if command == "tune" else [])]
+    found = capacity.problems(sent(command, *words)[0], nodes)
+    assert [p.field for p in found] == (["ray.placement"] if command in ("train", "tune") else [])
+
+
 @pytest.mark.parametrize(
     ("command", "options", "named"),
     [
@@ -232,13 +243,13 @@ class Shown(list[str]):
         self.append(text)
 
 
-def following(url: str, shown: Shown, lost: Shown) -> Callable[[], JobStatus]:
+def following(url: str, shown: Shown, lost: Shown) -> Callable[[], JobDetails]:
     """Follow in the background; returns what waits for the end."""
-    ends: list[JobStatus] = []
+    ends: list[JobDetails] = []
     thread = threading.Thread(target=lambda: ends.append(jobs.follow(url, "job", shown, lost)), daemon=True)
     thread.start()
 
-    def end() -> JobStatus:
+    def end() -> JobDetails:
         thread.join(30)
         assert ends, "it still follows"
         return ends[0]
@@ -261,7 +272,7 @@ def test_a_job_that_is_silent_for_long_is_followed_all_the_same(monkeypatch: pyt
         wait_until(lambda: lost, 20)
         there.failing = 0
         there.text, there.status = "one\ntwo\n", "SUCCEEDED"
-        assert follower() == JobStatus.SUCCEEDED
+        assert follower().status == JobStatus.SUCCEEDED
     assert "".join(shown) == "one\ntwo\n"
     assert len(lost) == 1
 
@@ -276,7 +287,7 @@ def test_a_connection_that_brings_nothing_more_is_made_anew(monkeypatch: pytest.
         follower = following(there.url, shown, lost)
         wait_until(lambda: shown, 20)
         there.text, there.status = "one\ntwo\n", "FAILED"
-        assert follower() == JobStatus.FAILED
+        assert follower().status == JobStatus.FAILED
     assert "".join(shown) == "one\ntwo\n"
     assert not lost, "nothing was lost"
 
@@ -317,6 +328,110 @@ def test_a_job_that_comes_to_its_end_while_it_is_stopped(ends: str, status: int)
         there.status = ends
         assert main(["stop", "job", "--address", there.url]) == status
         assert there.stops == 1
+
+
+@pytest.mark.parametrize("command", [["logs", "job"], ["logs", "job", "--follow"], ["submit"]])
+def test_a_job_whose_output_does_not_say_why_it_failed_is_explained(
+    command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its working directory or what it installs could not be prepared, say: there is no output at all."""
+    monkeypatch.setattr(jobs, "nodes", lambda address: [Node({"CPU": 8})])
+    monkeypatch.setattr(submit, "send", lambda *arguments: ("job", 1))
+    summary = tmp_path / "summary.json"
+    words = command if command[0] == "logs" else ["submit", "train", "quickstart", *THERE]
+    expected = 0 if command == ["logs", "job"] else 1
+    reason = "runtime_env setup failed: pip does not know\n  nonsense==1.0"
+    with dashboard.running() as there:
+        there.status, there.message = "FAILED", f"{reason}\n"
+        assert main([*words, "--address", there.url, "--json", str(summary)]) == expected
+        assert reason in capfd.readouterr().out
+        assert json.loads(summary.read_text())["reason"] == reason
+        # Ray has the last lines of the output for a reason as well.
+        there.text, there.message, there.exit_code = "no such file\n", "failed with exit code 2:\nno such file", 2
+        assert main([*words, "--address", there.url, "--json", str(summary)]) == expected
+        assert capfd.readouterr().out.count("no such file") == 1
+        assert json.loads(summary.read_text())["reason"] is None
+
+
+def test_why_the_small_job_failed_that_asks_for_the_autoscaler(checkout: Path) -> None:
+    class Client:
+        def submit_job(self, **options: Any) -> None:
+            pass
+
+        def get_job_info(self, job: str) -> JobDetails:
+            told = {"message": "runtime_env setup failed:\nthe disk is full", "entrypoint": "python"}
+            return JobDetails(type=JobType.SUBMISSION, status=JobStatus.FAILED, **told)
+
+        def get_job_logs(self, job: str) -> str:
+            return ""
+
+    client: Any = Client()
+    with pytest.raises(RecipeError, match="the one that asks for its autoscaler failed: the disk is full"):
+        jobs.growth(client, jobs.Job(["train"], {}))
+
+
+def test_the_doctor_installs_on_the_nodes_where_it_is_asked_to(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    sent: list[dict[str, Any]] = []
+
+    class Client:
+        def submit_job(self, **options: Any) -> None:
+            sent.append(options)
+            raise RuntimeError("enough")
+
+    monkeypatch.setattr(jobs, "connect", lambda address: Client())
+    monkeypatch.setattr(jobs, "nodes", lambda address: [Node({"CPU": 8})])
+    monkeypatch.setattr(tokens, "use", lambda: None)
+    monkeypatch.setattr(tokens, "warning", lambda address: None)
+    monkeypatch.setattr(doctor, "_here", lambda *arguments: iter(()))
+    command = ["doctor", "quickstart", *THERE, "--address", "http://head:8265"]
+    assert main(command) == main([*command, "--install"]) == 2
+    without, with_pip = sent
+    assert "pip" not in without["runtime_env"]
+    assert with_pip["runtime_env"]["pip"] == jobs.pinned()
+    assert [s["entrypoint"].endswith(" --install") for s in sent] == [False, True], "there it waits for that"
+    capfd.readouterr()
+    assert main(["doctor", "quickstart", "--install"]) == 2
+    assert "--install: got True; with --address" in capfd.readouterr().err
+
+
+def told_inside(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> list[Check]:
+    """What the doctor makes of the answers of a cluster's nodes."""
+    nodes = [{"NodeManagerAddress": f"10.0.0.{n}", "Resources": {"GPU": 1}} for n in range(len(answers))]
+    told = [(node, answer, 0.0, 0.0) for node, answer in zip(nodes, answers, strict=True)]
+    monkeypatch.setattr(jobs, "each_node", lambda *arguments, **options: iter(told))
+    monkeypatch.setattr(doctor.diagnosis, "store", lambda uri: iter(()))
+    monkeypatch.setattr(doctor.diagnosis, "tracking", lambda config: Check("MLflow", "ok", ""))
+    monkeypatch.setattr(distributed, "living", lambda: [])
+    return list(doctor._inside(load_recipe("quickstart", []), {}, False))
+
+
+def test_a_node_that_is_slow_is_told_from_one_that_lacks_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, slow, broken = told_inside(monkeypatch, GetTimeoutError("Get timed out"), RayError("no module named peft"))
+    assert (slow.name, slow.state, slow.found) == ("node 10.0.0.0", "fail", "no answer in 120 s")
+    assert "load" in slow.advice
+    assert "installed" not in slow.advice
+    assert "installed" in broken.advice
+
+
+@pytest.mark.parametrize("reason", [None, "10.0.0.2: process 1 of 2: unhandled system error"])
+def test_the_gpus_of_several_nodes_are_tried_together(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def apart(backend: str, nodes: list[dict[str, Any]]) -> str | None:
+        asked.append((backend, [n["NodeManagerAddress"] for n in nodes]))
+        return reason
+
+    monkeypatch.setattr(jobs, "apart", apart)
+    with_one = {"host": "x", "versions": {}, "gpus": 1, "time": [0.0, 0.0], "checks": []}
+    found = {c.name: c for c in told_inside(monkeypatch, with_one, with_one | {"gpus": 0}, with_one)}
+    assert asked == [("nccl", ["10.0.0.0", "10.0.0.2"])]
+    check = found["GPUs across nodes"]
+    assert check.state == ("ok" if reason is None else "fail")
+    assert (reason or "joined by NCCL") in check.found
+    assert ("NCCL_SOCKET_IFNAME" in check.advice) == (reason is not None)
+    assert "GPUs across nodes" not in {c.name for c in told_inside(monkeypatch, with_one)}, "one node has no other"
 
 
 def test_a_job_tells_commands_as_they_were_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
