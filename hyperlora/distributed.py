@@ -297,6 +297,11 @@ def living() -> list[Node]:
     return [Node(n["Resources"], n.get("Labels") or {}) for n in ray.nodes() if n["Alive"]]
 
 
+def unused_gpus(recipe: Recipe) -> float:
+    """GPUs of the cluster where the recipe's workers ask for none."""
+    return 0 if recipe.ray.gpus_per_worker else sum(node.resources.get("GPU", 0) for node in living())
+
+
 def growth() -> Growth | None:
     """How far the cluster's autoscaler goes, as its head knows; None when nothing there says so."""
     (head,) = (n for n in ray.nodes() if n["Alive"] and HEAD in n["Resources"])

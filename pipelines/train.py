@@ -51,10 +51,13 @@ def main(args: Namespace, console: Console) -> int:
             console.print(Text(f"going on without MLflow for now: {error}", "yellow"), soft_wrap=True)
     with ExitStack() as stack:
         if recipe.ray.backend == "ray":
-            from hyperlora.distributed import cluster
+            from hyperlora.distributed import cluster, unused_gpus
 
             with console.status("starting Ray"):
                 stack.enter_context(cluster(recipe, args.verbose))
+            if gpus := unused_gpus(recipe):
+                told = f"training on CPUs: ray.gpus_per_worker is 0 (GPUs that stay idle: {gpus:g})"
+                console.print(Text(told, "yellow"), soft_wrap=True)
         with console.status("claiming the run's folder"):
             claimed, lease = runs.claim(recipe, args.resume)
         stack.enter_context(lease)

@@ -30,7 +30,7 @@ STEPS = "training.steps=160"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """One Ray for all tests of this file; the command uses a Ray that runs already."""
-    ray.init(num_cpus=4, include_dashboard=True, log_to_driver=False)
+    ray.init(num_cpus=4, num_gpus=1, include_dashboard=True, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -151,6 +151,7 @@ def test_warnings_of_workers_reach_the_user_once(recipe_file: Path, capsys: pyte
     (warning,) = result["warnings"]
     assert warning["monitor"] == "gradient"
     out = " ".join(capsys.readouterr().out.split())
+    assert out.count("training on CPUs: ray.gpus_per_worker is 0 (GPUs that stay idle: 1)") == 1
     assert out.count("warning (gradient): gradient norm") == 1
     assert f"warning, step {warning['step']} gradient: gradient norm" in out
 
@@ -161,7 +162,7 @@ def test_more_than_the_cluster_has(recipe_file: Path, capfd: pytest.CaptureFixtu
     assert main(["train", str(recipe_file), *changes, *TWO]) == 2
     message = " ".join(capfd.readouterr().err.split())
     assert "ray.cpus_per_worker: got 3.0; 2 workers need 6 CPUs, the cluster has 4" in message
-    assert "ray.gpus_per_worker: got 1.0; 2 workers need 2 GPUs, the cluster has 0" in message
+    assert "ray.gpus_per_worker: got 1.0; 2 workers need 2 GPUs, the cluster has 1" in message
 
 
 def test_killed_with_its_whole_cluster_a_run_resumes_to_the_same_bits(recipe_file: Path, whole: dict) -> None:
