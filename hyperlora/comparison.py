@@ -24,9 +24,8 @@ from typing import Any, Literal
 import numpy as np
 from scipy import special
 
-from hyperlora.effects import mean_interval
 from hyperlora.figures import smooth
-from hyperlora.verdict import verdict
+from hyperlora.verdict import student, verdict
 
 Record = Mapping[str, Any]
 
@@ -154,11 +153,7 @@ def interval(values: Sequence[float], *, ratios: bool = False) -> dict[str, Any]
     x = np.asarray(values, dtype=float)
     n = len(x)
     if n < FEWEST_TO_RESAMPLE:
-        found = mean_interval(x.tolist())
-        if ratios and n > 1:
-            logs = mean_interval(np.log(x).tolist())
-            found |= {side: math.exp(logs[side]) for side in ("low", "high")}
-        return found
+        return student(x.tolist(), ratios=ratios)
     drawn = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
     tail = 100 * special.ndtr(math.sqrt(n / (n - 1)) * special.stdtrit(n - 1, (1 - CONFIDENCE) / 2))
     low, high = (float(v) for v in np.percentile(x[drawn].mean(axis=1), [tail, 100 - tail]))

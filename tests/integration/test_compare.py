@@ -82,11 +82,11 @@ def test_the_whole_comparison(whole: tuple[list[str], Path, dict[str, Any]]) -> 
         assert rates[0] < best < rates[-1] or len(rates) == 6
         assert [t["seed"] for t in contestant["trials"]] == [1, 2]
         for trial in contestant["trials"]:
-            assert trial["peak_memory_bytes"] > 2**27, "torch alone is more"
             saved = json.loads(
                 (out / f"trials/{contestant['name']}-lr{best:g}-seed{trial['seed']}/result.json").read_text()
             )
             assert len(saved["step_seconds"]) == len(saved["losses"]) == 40
+            assert trial["peak_memory_bytes"] > 4 * saved["base_parameters"], "more than the weights, in float32"
             assert sum(saved["step_seconds"]) == pytest.approx(saved["training_seconds"])
     ada, lora = (c["trials"][0] for c in result["contestants"])
     assert ada["rank_final"] == lora["rank_final"] == 28

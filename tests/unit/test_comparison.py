@@ -24,6 +24,7 @@ from hyperlora.comparison import (
     smoothed,
     steps_to,
 )
+from hyperlora.verdict import change, verdict
 
 
 def tune(contestant: str, lr: float, level: float | None, status: str = "finished") -> dict[str, Any]:
@@ -368,3 +369,77 @@ def test_verdict_when_lower_is_better() -> None:
     text = analyse(records, plan("adalora", "new"))["verdict"]
     assert "held-out loss is worse beyond the interval" in text
     assert "points" not in text
+    assert text.count("Worse held-out loss beyond the interval: NEW +0.2000") == 1
+
+
+@pytest.mark.parametrize(("loss", "word"), [(0.25, "Worse"), (0.15, "Better")])
+def test_verdict_tells_the_held_out_loss_beside_another_metric(loss: float, word: str) -> None:
+    records = search("adalora") + search("new")
+    for s in range(1, 6):
+        new = record("new", decay(1.5), seed=s)
+        new["outcome"] |= {"held_out_loss_after": loss + 0.001 * s}
+        records += [record("adalora", decay(), seed=s), new]
+    text = analyse(records, plan("adalora", "new"))["verdict"]
+    gap = f"{loss + 0.003 - 0.2:+.4f}".replace("-", "−")
+    assert f"{word} held-out loss beyond the interval: NEW {gap} (" in text
+    assert text.count("held-out loss") == 1
+    assert "is met by NEW" in text, "the goal is about the metric"
+    assert "held-out loss" not in field(lambda s: decay(1.5))["verdict"]
+
+
+def test_a_claim_needs_students_interval_as_well() -> None:
+    """One seed of five differs far more than the others: the bootstrap interval leaves out 1 and 0, Student's not."""
+    records = search("adalora") + search("new")
+    for s in range(1, 6):
+        odd = s == 5
+        records += [
+            record("adalora", decay(), seed=s),
+            record("new", decay(6.0 if odd else 1.3), seed=s, metric=0.9 if odd else 0.81),
+        ]
+    result = analyse(records, plan("adalora", "new"))
+    against, text = of(result, "new")["against_baseline"], result["verdict"]
+    assert against["steps_to_final_ratio"]["mean"] < 0.8
+    assert against["steps_to_final_ratio"]["high"] < 0.95
+    assert against["metric_difference"]["low"] > 0.005
+    assert re.search(r"is not met: Student's t interval of its step ratio reaches 1 \(0\.\d\d to 1\.\d\d\)\.", text)
+    assert "interval below 1:" not in text
+    item = r"NEW 0\.\d\d \(0\.\d\d to 0\.\d\d, by Student's t 0\.\d\d to 1\.\d\d\)"
+    assert re.search(f"Neither fewer nor more steps within the interval: {item}", text)
+    assert "accuracy beyond the interval" not in text
+    split = "Neither better nor worse accuracy, as only one interval leaves out 0: NEW +2.80 points (1.00 to "
+    assert split in text
+    assert ", by Student's t −" in text[text.index(split) :]
+    assert "Neither better nor worse held-out loss, as only one interval leaves out 0: NEW −0.0280" in text
+
+
+def test_a_metric_that_is_worse_by_one_of_the_intervals_keeps_from_the_goal() -> None:
+    records = search("adalora") + search("new")
+    for s in range(1, 6):
+        new = record("new", decay(1.5), seed=s, metric=0.7 if s == 5 else 0.79)
+        records += [record("adalora", decay(), seed=s), new]
+    text = analyse(records, plan("adalora", "new"))["verdict"]
+    assert "is not met: accuracy is worse beyond one of its two intervals." in text
+    assert "Worse accuracy" not in text
+
+
+def test_more_steps_are_claimed_by_both_intervals_only() -> None:
+    """The baseline's curve of one seed ends flat, so that its ratio is far above the others'."""
+    flat = np.maximum(decay(2.0), decay(2.0)[80]).tolist()
+    text = field(lambda s: decay(0.5), base=lambda s: flat if s == 5 else decay())["verdict"]
+    assert "interval above 1:" not in text
+    assert re.search(
+        r"never reached the loss: NEW at least 1\.\d\d \(from 1\.\d\d, by Student's t from 0\.\d\d; reached", text
+    )
+
+
+def test_what_misses_a_goal_does_not_read_as_if_it_met_it() -> None:
+    assert change(0.803, "fewer", "as many") == change(0.8, "fewer", "as many", 0.8) == "20 % fewer"
+    assert change(0.803, "fewer", "as many", 0.8) == "19.7 % fewer"
+    assert change(0.797, "fewer", "as many", 0.8) == "20.3 % fewer"
+    assert change(1.0304, "less", "as much", 1.03) == "3.04 % more"
+    result = field(lambda s: decay(1.4))
+    of(result, "new")["against_baseline"]["steps_to_final_ratio"]["mean"] = 0.803
+    of(result, "new")["against_baseline"]["seconds_per_step_ratio"]["mean"] = 1.0304
+    text = verdict(result)
+    assert "is not met: it takes 19.7 % fewer steps; a step takes 3.04 % more time." in text
+    assert "NEW: it takes 19.7 % fewer steps" in text

@@ -114,6 +114,23 @@ def test_numbers_in_the_table() -> None:
     assert heat[0] == "background:rgba(0,114,178,0.38)"
 
 
+def test_held_out_loss_and_area_are_in_the_table() -> None:
+    records = [*search("adalora"), *search("new")]
+    records += [record("adalora", decay()), record("new", decay(1.4), metric=0.77)]
+    result = analyse(records, plan("adalora", "new", seeds=[1]))
+    new = next(c for c in result["contestants"] if c["name"] == "new")
+    area = new["against_baseline"]["auc_difference"]["mean"]
+    assert area < 0
+    page = Page(comparison_page(result))
+    assert "held-out loss − baseline" in page.text("th")
+    for cell in ("+0.0300", f"{new['summary']['auc']['mean']:.4f}", f"−{-area:.4f}"):
+        assert cell in page.text("td"), cell
+    for r in records:
+        r["outcome"] |= {"metric": "held_out_loss", "higher_is_better": False}
+    page = Page(comparison_page(analyse(records, plan("adalora", "new", seeds=[1]))))
+    assert page.text("th").count("held-out loss − baseline") == 1, "where it is the metric, it is no other column"
+
+
 @pytest.mark.parametrize("kept", [0, 3, 7])
 def test_a_partial_result_makes_a_page(kept: int) -> None:
     records = [*search("adalora"), *search("new"), record("adalora", decay(), seed=1)][:kept]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -27,7 +29,7 @@ from hyperlora.preflight import inspect
 from hyperlora.sampling import Objective, Proposals, Searched
 from hyperlora.search import DIVERGED, Result, Trial, write
 from hyperlora.stopping import NonFiniteError
-from hyperlora.training import RunInfo
+from hyperlora.training import RunInfo, train
 from hyperlora.tuning import REPORTS, STOPPED, VALUES, Search, Stopping
 from pipelines import compare, cost, searching, study, tune
 from pipelines.cli import parse_arguments
@@ -541,3 +543,64 @@ def test_once_mlflow_has_failed_trials_wait_for_the_end(
         finish({"complete": True})
     assert told == ["t1", "t1", "t2", "t3", "the end"]
     assert len(caplog.records) == 1
+
+
+# ---------------------------------------------------------------- peak memory
+
+
+#: On a GPU it is what is allocated there; without glibc it is not measured.
+on_the_heap = pytest.mark.skipif(
+    torch.cuda.is_available() or search.heap_reader() is None, reason="the heap is not what is measured here"
+)
+
+
+def peak(folder: Path) -> int:
+    return json.loads((folder / search.MEMORY).read_text())["peak_memory_bytes"]
+
+
+@on_the_heap
+def test_peak_memory_is_that_of_the_trial_and_not_of_its_process(tmp_path: Path) -> None:
+    left: list[torch.Tensor] = []
+
+    def trial(name: str) -> int:
+        folder = tmp_path / name
+        folder.mkdir()
+        sink = search.PeakMemory(str(folder))
+        blocks = [torch.zeros(2**18) for _ in range(100)]  # of 1 MiB
+        sink.phase("training")
+        left.extend(blocks[::2])  # a cache, and holes
+        sink.close()
+        return peak(folder)
+
+    first, second = trial("first"), trial("second")
+    assert first == pytest.approx(100 * 2**20, rel=0.02)
+    assert second == pytest.approx(first, rel=0.02)
+
+
+@on_the_heap
+def test_the_second_of_two_equal_trials_has_the_same_peak_memory(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart", ["data.train_rows=64", "data.eval_rows=8", "training.steps=15"])
+    peaks = []
+    for name in ("first", "second"):
+        train(recipe, RunInfo(str(tmp_path / name)), sink=search.PeakMemory(str(tmp_path / name)))
+        peaks.append(peak(tmp_path / name))
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
+    # Of the trial alone: importing PyTorch and the rest takes five times as much.
+    assert 2**25 < peaks[0] < 2**27
+
+
+@on_the_heap
+def test_a_trial_looks_at_its_memory_until_it_ends(tmp_path: Path) -> None:
+    """Between two phases as well, in which a batch comes and goes."""
+    sink = search.PeakMemory(str(tmp_path))
+    batch = torch.zeros(2**23)  # 32 MiB
+    time.sleep(100 * search.LOOK_SECONDS)
+    del batch
+    sink.phase("evaluating")
+    assert peak(tmp_path) > 2**25 * 0.98
+    assert any(thread.name == "peak-memory" for thread in threading.enumerate())
+    sink.close()
+    for thread in threading.enumerate():
+        if thread.name == "peak-memory":
+            thread.join(timeout=10)
+            assert not thread.is_alive()
