@@ -674,9 +674,6 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
         add("training.batch_size", t.batch_size, f"must be {least} x training.gradient_accumulation = {parts}")
     if r.backend == "local" and r.most > 1:
         add("ray.num_workers", r.num_workers, "ray.backend=local runs one worker; use ray.backend=ray for more")
-    if not isinstance(r.num_workers, int) and r.placement.startswith("STRICT"):
-        # Ray starts as many as there is room for on all nodes together, and tries again without end what has no place.
-        add("ray.num_workers", r.num_workers, f"one number for ray.placement={r.placement}; PACK or SPREAD for a range")
     if recipe.optimizer.direction == "orthogonal" and METHODS[recipe.method].hypernetwork and h.update != "hybrid":
         add(
             "optimizer.direction", "orthogonal", f"adam for hypernetwork.update={h.update}: nothing is updated directly"
@@ -731,15 +728,19 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
     return found
 
 
-def sharing_problems(settings: RayConfig) -> list[Problem]:
-    """Parts of a GPU that the workers of one run cannot have; trials of one process each may share one."""
-    gpus = settings.gpus_per_worker
+def worker_problems(settings: RayConfig) -> list[Problem]:
+    """Workers that one run cannot have, whatever the cluster: trials of one process each know nothing of each other."""
+    gpus, placement = settings.gpus_per_worker, settings.placement
+    if not isinstance(settings.num_workers, int) and placement.startswith("STRICT"):
+        # Ray starts as many as there is room for on all nodes together, and tries again without end what has no place.
+        allowed = f"one number for ray.placement={placement}; PACK or SPREAD for a range"
+        return [Problem("ray.num_workers", settings.num_workers, allowed)]
     if settings.most == 1 or not 0 < gpus < 1:
         return []
     if not isinstance(settings.num_workers, int):
         allowed = f"a whole number for ray.num_workers={list(settings.num_workers)}: Ray adds up parts of several GPUs"
         return [Problem("ray.gpus_per_worker", gpus, allowed)]
-    if gpus <= 0.5 and settings.placement != "STRICT_SPREAD":
+    if gpus <= 0.5 and placement != "STRICT_SPREAD":
         allowed = f"above 0.5 for {settings.most} workers: NCCL refuses two of a run on one GPU"
         return [Problem("ray.gpus_per_worker", gpus, allowed)]
     return []

@@ -38,7 +38,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hyperlora import autoscaling, capacity, packed, storage, tokens, training
+from hyperlora import autoscaling, capacity, packed, runs, storage, tokens, training
 from hyperlora.adapters import load_tokenizer
 from hyperlora.capacity import Growth, Node
 from hyperlora.config import Problem, Recipe, RecipeError, first_line, parse
@@ -402,13 +402,13 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         orderer = threading.Thread(target=_order, args=(notice, orders, trainer, over), name="stopping", daemon=True)
         orderer.start()
         follower.start()
+        lost: RayActorError | None = None
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _failure(error) from error
-        except RayActorError:
-            notice.check()
-            raise
+        except RayActorError as error:
+            lost = error
         finally:
             over.set()
             follower.join()
@@ -416,6 +416,10 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
             storage.tidy(f"{info.uri}/ray")
         if failures:
             raise failures[0]
+        # What was ended from outside may have been done already.
+        if lost is not None and runs.result(info.uri) is None:
+            notice.check()
+            raise lost
 
 
 def _order(notice: Notice, orders: Queue, trainer: _Trainer, over: threading.Event) -> None:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,23 @@ GAMMA = 0.1
 BESIDE = 0.05
 #: Steps between two looks at the count of skipped ones.
 LOOK = 20
+#: Of the largest entry, by which weights that two processors made from one seed may differ.
+UNLIKE = 1e-5
+
+
+#: Models whose adapters are views of stacked buffers; a copy of one is none of them.
+_STACKED: WeakSet[nn.Module] = WeakSet()
+
+
+def _own_tensors(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+    """Give the adapter's entries of a state tensors of their own.
+
+    Views of one buffer count as one tensor for safetensors, which would keep the first of them.
+    """
+    for name, tensor in state.items():
+        adapter = name.startswith(prefix) and (".lora_A." in name or ".lora_B." in name)
+        if module in _STACKED and adapter and not isinstance(tensor, nn.Parameter):  # as they are with keep_vars
+            state[name] = tensor.clone()
 
 
 @dataclass(frozen=True)
@@ -341,16 +359,12 @@ class HyperAdaLoRA(torch.optim.Optimizer):
 
     def _install_hooks(self, model: nn.Module) -> None:
         """A saved state has tensors of its own; DyLoRA trains truncated weights, and evaluation and saving see all."""
+        # What others wrapped around it before has state_dict() of its own, which asks this one.
+        model = next((m for m in model.modules() if hasattr(m, "get_base_model")), model)
         inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-        def apart(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
-            # Views of one buffer count as one tensor for safetensors, which would keep the first of them.
-            for name, tensor in state.items():
-                adapter = name.startswith(prefix) and (".lora_A." in name or ".lora_B." in name)
-                if adapter and not isinstance(tensor, nn.Parameter):  # as with keep_vars
-                    state[name] = tensor.clone()
-
-        inner.register_state_dict_post_hook(apart)
+        if inner not in _STACKED:
+            _STACKED.add(inner)
+            inner.register_state_dict_post_hook(_own_tensors)
         if not self.method.truncated:
             return
 
@@ -482,8 +496,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         if self._skipped_seen > self._skipped_told:
             self._skipped_told = int(self._skipped_seen)
             warnings.warn(
-                f"{self._skipped_told} of the first {self.steps_done + 1 - LOOK} steps changed nothing: their "
-                "gradients were not finite",
+                f"{self._skipped_told} steps so far changed nothing: their gradients were not finite",
                 stacklevel=4,
             )
         self._skipped_seen.copy_(self._skipped, non_blocking=True)
@@ -598,7 +611,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
     def _changed(self) -> bool:
         """Whether somebody gave the adapter other weights than the factors make, which the next write would lose.
 
-        What changes nothing does not count, as DistributedDataParallel's broadcast of equal weights, or a cast.
+        What changes nothing does not count, as DistributedDataParallel's broadcast of equal weights, or a cast. What is
+        written through ``.data`` is not seen.
         """
         classes = self.layout.classes
         if self._versions == [v for c in classes for v in c.versions()] and all(c.attached() for c in classes):
@@ -608,8 +622,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         self._write(self._full_rank_written)
         for shape_class, weights, dtype in zip(classes, found, dtypes, strict=True):
             ours = shape_class.buffer
-            # A cast may have rounded what the factors hold in full.
-            allowed = 0.0 if weights.dtype == dtype else ROUNDING * ours.abs().max().item()
+            # A cast may have rounded what the factors hold in full, and another processor's kernels round otherwise.
+            allowed = (UNLIKE if weights.dtype == dtype else ROUNDING) * ours.abs().max().item()
             if (weights - ours).abs().max().item() > allowed:
                 for changed, values in zip(classes, found, strict=True):
                     changed.buffer.copy_(values)

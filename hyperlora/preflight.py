@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from hyperlora.adapters import attach, load_config, load_tokenizer, model_problems, prepare, weight_problems
 from hyperlora.baselines import AdapterOptimizer
-from hyperlora.config import METHODS, Problem, Recipe, RecipeError, first_line, sharing_problems
+from hyperlora.config import METHODS, Problem, Recipe, RecipeError, first_line, worker_problems
 from hyperlora.monitors import monitors_of, read_baseline
 from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.packed import Packed
@@ -228,7 +228,7 @@ def inspect(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] 
     Raises:
         RecipeError: with everything that is wrong with model, data, adapter, schedule and the hypernetworks' source.
     """
-    problems, source = model_problems(recipe.model) + sharing_problems(recipe.ray), None
+    problems, source = model_problems(recipe.model) + worker_problems(recipe.ray), None
     if recipe.hypernetwork.init_from is not None and not resume:
         try:
             source = read(recipe.hypernetwork.init_from)

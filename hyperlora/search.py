@@ -18,6 +18,7 @@ import gc
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ logger = logging.getLogger(__name__)
 DIVERGED, MEMORY = "diverged.json", "memory.json"
 #: Seconds that a trial's own files may wait for a store that is away: as long as its checkpoints by default.
 OUTAGE = StorageConfig().retry_seconds
-#: Between two looks at the heap, each of which takes some ten microseconds.
+#: In the latter file. (Older ones have what was resident in the whole process, as "peak_memory_bytes".)
+PEAK = "peak_allocated_bytes"
+#: Between two looks at the heap, each of which takes some ten microseconds or more.
 LOOK_SECONDS = 0.005
 
 
@@ -190,7 +193,7 @@ def recorded(trial: Trial, sha256: Mapping[str, str] | None = None) -> Result | 
     Raises:
         RecipeError: it is of other rows than those of ``sha256``.
     """
-    peak = (runs.read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
+    peak = (runs.read(trial.uri, MEMORY) or {}).get(PEAK)
     if (outcome := runs.result(trial.uri)) is not None:
         if sha256 is not None and "rows_sha256" in outcome:  # older results do not tell
             packed.check_same(trial.uri, outcome["rows_sha256"], sha256)
@@ -206,7 +209,7 @@ def _result(trial: Trial, reference: Any) -> Result:
         ray.get(reference)
     except RayError as error:
         logger.info("trial %s failed", trial.name, exc_info=error)
-        peak = (runs.read(trial.uri, MEMORY) or {}).get("peak_memory_bytes")
+        peak = (runs.read(trial.uri, MEMORY) or {}).get(PEAK)
         # What fails after the last file has not failed the trial.
         return recorded(trial) or Result(trial, "failed", reason(error), None, peak, crashed=True)
     found = recorded(trial)
@@ -288,8 +291,12 @@ class PeakMemory(Silent):
             threading.Thread(target=self._watch, args=(self._heap,), name="peak-memory", daemon=True).start()
 
     def _watch(self, heap: Callable[[], int]) -> None:
-        while not self._ended.wait(LOOK_SECONDS):
+        pause = LOOK_SECONDS
+        while not self._ended.wait(pause):
+            before = time.thread_time()
             self._highest = max(self._highest, heap())
+            # With many holes between blocks a look takes longer; it is not to take the time that is measured.
+            pause = max(LOOK_SECONDS, 100 * (time.thread_time() - before))
 
     def phase(self, name: str) -> None:
         if torch.cuda.is_available():
@@ -298,8 +305,8 @@ class PeakMemory(Silent):
             peak = max(self._highest, self._heap()) - self._start
         else:
             return
-        before = runs.read(self._uri, MEMORY) or {"peak_memory_bytes": 0}
-        write(self._uri, MEMORY, {"peak_memory_bytes": max(peak, before["peak_memory_bytes"])})
+        before = (runs.read(self._uri, MEMORY) or {}).get(PEAK, 0)
+        write(self._uri, MEMORY, {PEAK: max(peak, before)})
 
     def close(self) -> None:
         self._ended.set()

