@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import provenance, write_json
-from hyperlora.config import read_yaml
+from hyperlora.config import MonitorsConfig, read_yaml
+from hyperlora.monitors import read_baseline
 from hyperlora.stopping import NonFiniteError
 from hyperlora.training import RunInfo, Silent, train
 from pipelines.common import find_recipe, load_recipe
@@ -92,16 +92,18 @@ def write_curve(name: str, comparison: Path) -> None:
     """Write ``hyperlora/assets/curves/NAME.json`` for the shipped recipe ``name``."""
     result = json.loads(comparison.read_text(encoding="utf-8"))
     (baseline,) = (c for c in result["contestants"] if c["name"] == result["baseline"])
-    curves = [trial["smoothed"] for trial in baseline["trials"]]
+    curve = read_baseline(MonitorsConfig(baseline=str(comparison)), result["steps"])
+    assert curve is not None
     recipe = read_yaml(find_recipe(name))
     kept = {key: recipe[key] for key in ("name", "model", "task", "data")}
     kept["training"] = {key: recipe["training"][key] for key in ("steps", "batch_size")}
+    runs = len(baseline["trials"])
     content = {
-        "what": f"training loss after each step, mean of {len(curves)} runs of {baseline['name']}, smoothed",
+        "what": f"training loss after each step, mean of {runs} runs of {baseline['name']}, smoothed",
         "optimizer.lr": baseline["best_lr"],
         "command": result["command"],
         "recipe": kept,
-        "smoothed": [round(statistics.mean(losses), 6) for losses in zip(*curves, strict=True)],
+        "smoothed": [round(loss, 6) for loss in curve],
     }
     path = Path("hyperlora/assets/curves") / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -147,10 +147,6 @@ class ShapeClass:
         start, stride = self.buffer.data_ptr(), self.buffer.stride(0) * self.buffer.element_size()
         return all(w.data_ptr() == start + n * stride for n, w in enumerate(self.weights))
 
-    def versions(self) -> list[int]:
-        """Counts of what was written into the weights themselves; writing the buffer does not move them."""
-        return [w._version for w in self.weights]
-
 
 class FactorLayout:
     """How the modules of a model are grouped: ``inputs`` by width of A, ``outputs`` by height of B."""
@@ -173,6 +169,10 @@ class FactorLayout:
     @property
     def classes(self) -> list[ShapeClass]:
         return [*self.outputs, *self.inputs]
+
+    def versions(self) -> list[int]:
+        """Counts of what was written into the weights themselves; writing the buffers does not move them."""
+        return [w._version for c in self.classes for w in c.weights]
 
     @property
     def parameters(self) -> int:

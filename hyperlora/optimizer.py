@@ -48,8 +48,6 @@ BESIDE = 0.05
 LOOK = 20
 #: Of the largest entry, by which weights that two processors made from one seed may differ.
 UNLIKE = 1e-5
-
-
 #: Models whose adapters are views of stacked buffers; a copy of one is none of them.
 _STACKED: WeakSet[nn.Module] = WeakSet()
 
@@ -605,7 +603,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             gain = self._truncation()
         self._full_rank_written = full_rank
         self.layout.write(factors, gain)
-        self._versions = [v for c in self.layout.classes for v in c.versions()]
+        self._versions = self.layout.versions()
 
     @torch.no_grad()
     def _changed(self) -> bool:
@@ -615,7 +613,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         written through ``.data`` is not seen.
         """
         classes = self.layout.classes
-        if self._versions == [v for c in classes for v in c.versions()] and all(c.attached() for c in classes):
+        if self._versions == self.layout.versions() and all(c.attached() for c in classes):
             return False
         found = [torch.stack([w.detach() for w in c.weights]) for c in classes]
         dtypes = [c.buffer.dtype for c in classes]
