@@ -98,6 +98,7 @@ class DataConfig(Section):
     )
     root: str | None = Field(None, description="folder of the files, or hub data set name")
     subset: str | None = Field(None, description="configuration of a hub data set")
+    revision: str | None = Field(None, description="hub revision of the data set, best a commit hash")
     train: str | None = Field(None, description="file below root, or hub split, to train on")
     eval: str | None = Field(None, description="file below root, or hub split, held out")
     format: Literal["jsonl", "json", "tsv", "csv", "label-text"] = Field(
@@ -106,7 +107,7 @@ class DataConfig(Section):
     encoding: str = Field("utf-8", description="of the files")
     text: str = Field("sentence", description="column of the text, or of the first sentence")
     text_pair: str | None = Field(None, description="column of the second sentence")
-    label: str = Field("label", description="column of the class label")
+    label: str = Field("label", description="column of the class label; hub rows that have none (-1) are left out")
     labels: Names = Field((), description="class labels in order of their index; empty: sorted from train")
     prompt: str = Field("question", description="column of the prompt (generation)")
     completion: str = Field(
@@ -825,6 +826,9 @@ def _data_problems(data: DataConfig) -> list[Problem]:
     if not template_columns(data):
         allowed = "text with {prompt}, {completion} or {another column}, without formats, indices and attributes"
         found.append(Problem("data.template", data.template, allowed))
+    if data.revision is not None and data.source != "hub":
+        allowed = f"null for data.source={data.source}, which is no repository of the hub"
+        found.append(Problem("data.revision", data.revision, allowed))
     for field in ("train", "eval"):
         name = getattr(data, field)
         if data.source == "files" and name is not None and not _inside(name):

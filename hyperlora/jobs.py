@@ -48,8 +48,9 @@ PACKAGES = ("hyperlora", "pipelines", "tune_spaces")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "runs", "mlflow.db", "mlartifacts", "mlruns")
 #: Bytes of a working directory. Ray refuses more than 500 MiB; what is larger than this is data for a store.
 LARGEST = 64 * 2**20
-#: Seconds that a stopped job has for its checkpoint before it is killed.
-STOP_SECONDS = 300
+#: Seconds that a stopped job has before it is killed: for its checkpoint, where the store is away for as long as
+#: ``storage.final_retry_seconds`` waits (300), and for writing it on the machine's own disk then.
+STOP_SECONDS = 420
 #: Seconds between attempts to reach a cluster whose connection was lost, and how long it may be lost.
 RETRY, LOST = 2.0, 600.0
 #: Seconds without output after which the connection that brings it is made anew: it may be open at this end alone.

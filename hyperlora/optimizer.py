@@ -179,7 +179,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         modules = adapted_modules(model, adapter_name)
         if self.method.dora and not all(m.dora for m in modules):
             raise ValueError(f"method {method!r} needs DoRA layers: LoraConfig(use_dora=True)")
-        rule = update_rule or UpdateRule()
+        self.rule = rule = update_rule or UpdateRule()
         #: Of the steps of direct factors.
         self.direction = direction = self._resolved_direction(direction, rule)
         #: Whether λ and Q are one tensor, S = diag(λ)Q.
@@ -713,6 +713,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             "state": self._tensors(),
             "param_groups": groups,
             "method": self.method_name,
+            "update_rule": self.rule.name if self.method.hypernetwork else None,
+            "scale": self.layout.modules[0].scaling,
             "steps_done": self.steps_done,
             "live": self.live,
             "modules": [m.name for m in self.layout.modules],
@@ -724,16 +726,22 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         """Take back what :meth:`state_dict` gave and write the adapter weights.
 
         Raises:
-            ValueError: the state is of another method, other modules or other shapes.
+            ValueError: the state is of another optimizer, method, update rule or scale, of other modules or shapes.
         """
-        if state_dict["method"] != self.method_name:
-            raise ValueError(f"the state is of method {state_dict['method']!r}, this run's is {self.method_name!r}")
+        ours = self.state_dict()
+        if missing := sorted(ours.keys() - state_dict.keys()):
+            raise ValueError(f"no state of this optimizer: it has no {', '.join(missing)}")
+        for name in ("method", "update_rule", "scale"):
+            if state_dict[name] != ours[name]:
+                what = f"{name.replace('_', ' ')} {state_dict[name]!r}, this run's is {ours[name]!r}"
+                raise ValueError(f"the state is of {what}")
         if list(state_dict["modules"]) != [m.name for m in self.layout.modules]:
             raise ValueError("the state is of a model with other adapted modules")
         if isinstance(self.source, GeneratedFactors) and state_dict["frozen"] != self.source.frozen:
             self._freeze(state_dict["frozen"])
         # Its own tensors, as accelerate's prepare() gives them back: weights that were loaded before are not touched.
-        own = state_dict["state"]["mask"].data_ptr() == self.mask.data_ptr()
+        mask = state_dict["state"].get("mask")
+        own = mask is not None and mask.data_ptr() == self.mask.data_ptr()
         if not own:
             copy_state(self._tensors(), state_dict["state"])
         self.steps_done, self.live = int(state_dict["steps_done"]), int(state_dict["live"])

@@ -13,7 +13,13 @@ VARIANTS = [(m, r) for m in METHODS for r in (RULES if METHODS[m].hypernetwork e
 
 
 def build_llama(
-    *, layers: int = 2, rank: int = 4, dora: bool = False, dtype: torch.dtype = torch.float64, seed: int = 0
+    *,
+    layers: int = 2,
+    rank: int = 4,
+    alpha: int = 8,
+    dora: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> PeftModel:
     """A Llama with grouped-query attention and PEFT LoRA on all seven linears of each layer."""
     torch.manual_seed(seed)
@@ -27,7 +33,7 @@ def build_llama(
         max_position_embeddings=64,
     )
     base = LlamaForCausalLM(config).to(dtype)
-    lora = LoraConfig(r=rank, lora_alpha=8, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM")
     return get_peft_model(base, lora).to(dtype)
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any, Literal, get_args
 
 import fsspec
-from datasets import load_dataset
+from datasets import ClassLabel, load_dataset
 from datasets.exceptions import DatasetsError
 
 from hyperlora.config import DataConfig, Problem, RecipeError, first_line, template_columns
@@ -77,7 +77,7 @@ def read_rows(data: DataConfig, kind: str, part: Parts) -> Iterator[Row]:
     texts = _columns(data, kind)
     labels = [data.label] if kind == "classification" else []
     number = 0
-    for number, row in enumerate(islice(_source(data, part, name, limit), limit), 1):
+    for number, row in enumerate(islice(_source(data, part, labels), limit), 1):
         wrong = _row_problem(row, texts, labels)
         if wrong is not None:
             allowed = f"columns {', '.join(texts + labels)}; row {number} {wrong}"
@@ -87,7 +87,8 @@ def read_rows(data: DataConfig, kind: str, part: Parts) -> Iterator[Row]:
         raise RecipeError([Problem(f"data.{part}", name, "at least one row")])
 
 
-def _source(data: DataConfig, part: Parts, name: str | None, limit: int | None) -> Iterable[Row]:
+def _source(data: DataConfig, part: Parts, labels: list[str]) -> Iterable[Row]:
+    name, limit = getattr(data, part), getattr(data, f"{part}_rows")
     if data.source in ("word-problems", "entailment"):
         make = generated.word_problems if data.source == "word-problems" else generated.entailment_pairs
         split: generated.Split = "train" if part == "train" else "heldout"
@@ -97,10 +98,14 @@ def _source(data: DataConfig, part: Parts, name: str | None, limit: int | None) 
             raise RecipeError([Problem(f"data.{part}_rows", limit, str(error))]) from error
     if data.source == "hub":
         try:
-            return load_dataset(data.root, data.subset, split=name)
+            rows = load_dataset(data.root, data.subset, split=name, revision=data.revision)
         except (OSError, ValueError, DatasetsError) as error:
-            allowed = f"the hub name of a data set with split {name!r} ({first_line(error)})"
+            at = f" at revision {data.revision}" if data.revision else ""
+            allowed = f"the hub name of a data set with split {name!r}{at} ({first_line(error)})"
             raise RecipeError([Problem("data.root", data.root, allowed)]) from error
+        if labels and isinstance(rows.features.get(labels[0]), ClassLabel):  # whose -1 stands for none
+            rows = rows.filter(lambda label: label != -1, input_columns=labels)
+        return rows
     return _read(f"{str(data.root).rstrip('/')}/{name}", f"data.{part}", data)
 
 

@@ -26,7 +26,7 @@ from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from sqlalchemy import make_url
 
 from hyperlora import autoscaling, capacity, jobs
-from hyperlora.config import RayConfig, apply_overrides, parse, read_yaml
+from hyperlora.config import RayConfig, StorageConfig, apply_overrides, parse, read_yaml
 from pipelines.cli import parse_arguments
 from pipelines.common import shipped
 
@@ -145,6 +145,7 @@ def test_a_job_that_is_stopped_has_time_for_its_checkpoint() -> None:
     submitted = jobs._runtime(jobs.Job(words=(), files={}), ROOT)["env_vars"]
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": submitted}
     assert submitted["RAY_JOB_STOP_WAIT_TIME_S"] == str(jobs.STOP_SECONDS)
+    assert StorageConfig().final_retry_seconds + 60 < jobs.STOP_SECONDS, "a store that is away would end in a kill"
     # The same when RayJob or RayCluster is deleted: the pods are drained for as long, and killed later.
     for group in [*groups("rayjob"), *groups("raycluster")]:
         pod = group["template"]["spec"]

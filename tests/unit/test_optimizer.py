@@ -79,12 +79,22 @@ def test_state_comes_back_bit_by_bit(method: str, rule: str) -> None:
 
 def test_state_of_another_run_is_refused() -> None:
     state = build_optimizer(build_llama(), "adalora").state_dict()
+    without_mask = {name: tensor for name, tensor in state["state"].items() if name != "mask"}
     with pytest.raises(ValueError, match="the state is of method 'adalora', this run's is 'lora'"):
         build_optimizer(build_llama(), "lora").load_state_dict(state)
+    generated = build_optimizer(build_llama(), "hyperadalora", "anchored").state_dict()
+    with pytest.raises(ValueError, match="the state is of update rule 'anchored', this run's is 'hybrid'"):
+        build_optimizer(build_llama(), "hyperadalora", "hybrid").load_state_dict(generated)
+    with pytest.raises(ValueError, match=r"the state is of scale 2\.0, this run's is 4\.0"):
+        build_optimizer(build_llama(alpha=16), "adalora").load_state_dict(state)
+    with pytest.raises(ValueError, match="no state of this optimizer: it has no frozen, hypernetwork, live, method"):
+        build_optimizer(build_llama(), "adalora").load_state_dict(torch.optim.AdamW([torch.zeros(1)]).state_dict())
+    with pytest.raises(ValueError, match="does not fit this model and method: mask is missing"):
+        build_optimizer(build_llama(), "adalora").load_state_dict({**state, "state": without_mask})
     with pytest.raises(ValueError, match="other adapted modules"):
         build_optimizer(build_llama(layers=1), "adalora").load_state_dict(state)
     with pytest.raises(ValueError, match=r"does not fit this model and method: .*shape"):
-        build_optimizer(build_llama(rank=2), "adalora", target_rank=1).load_state_dict(state)
+        build_optimizer(build_llama(rank=2, alpha=4), "adalora", target_rank=1).load_state_dict(state)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, RobertaConfig
 from transformers import RobertaForSequenceClassification as Roberta
 from transformers.modeling_outputs import CausalLMOutput
 
+from hyperlora.config import DataConfig, RecipeError
 from hyperlora.preflight import inspect
 from hyperlora.tasks.base import next_token_loss_sum
 from hyperlora.tasks.classification import Classification
+from hyperlora.tasks.data import read_rows, survey
 from pipelines.common import load_recipe
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -112,3 +115,47 @@ def test_the_estimate_counts_the_logits_of_an_evaluation() -> None:
     ]
     assert found[0] == found[1], "training needs more"
     assert found[3] == 2 * found[2]
+
+
+HUB = """---
+configs: [{config_name: default, data_files: [{split: train, path: train.jsonl}]}]
+dataset_info:
+  features:
+    - {name: sentence, dtype: string}
+    - name: label
+      dtype: {class_label: {names: {"0": "no", "1": "yes"}}}
+---
+"""
+
+
+def hub_data(root: Path, revision: str | None = None) -> DataConfig:
+    return DataConfig(source="hub", root=str(root), revision=revision, train="train", eval="train")
+
+
+def test_rows_of_the_hub_without_a_class_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SNLI has some on which the annotators did not agree."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / "README.md").write_text(HUB)
+    labels = (1, -1, 0, -1, 1)
+    (root / "train.jsonl").write_text("".join(f'{{"sentence": "row {n}", "label": {n}}}\n' for n in labels))
+    found = survey(hub_data(root), "classification", ("train",))["train"]
+    assert (found.rows, found.labels) == (3, {"0", "1"})
+    # -1 is a label like any other where nothing says that it stands for none.
+    (root / "README.md").unlink()
+    assert survey(hub_data(root), "classification", ("train",))["train"].labels == {"-1", "0", "1"}
+
+
+def test_rows_of_the_hub_are_those_of_the_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_revision(root: str, subset: str | None, split: str, revision: str | None) -> Dataset:
+        return Dataset.from_list([{"sentence": f"of {revision}", "label": 0}])
+
+    monkeypatch.setattr("hyperlora.tasks.data.load_dataset", of_revision)
+    rows = [next(read_rows(hub_data(Path("a/b"), at), "classification", "train")) for at in (None, "abc123")]
+    assert [row["sentence"] for row in rows] == ["of None", "of abc123"]
+
+
+def test_only_the_hub_has_revisions() -> None:
+    with pytest.raises(RecipeError, match=r"data.revision: got 'main'; null for data.source=word-problems"):
+        load_recipe("quickstart", ["data.revision=main"])
