@@ -1,8 +1,9 @@
 """Effects of a designed experiment's factors: least squares on the points' means.
 
 Every point is run with the same seeds, so that its mean is one observation and what all points share of a seed drops
-out. Residuals of the additive model hold the noise of the seeds and the interactions alike: intervals are wide where
-interactions are strong. Factors are sum-coded; at points where a factor does not exist its columns are 0.
+out. Where trials are missing that share is estimated and taken out first (:func:`seed_shares`). Residuals of the additive
+model hold the noise of the seeds and the interactions alike: intervals are wide where interactions are strong. Factors
+are sum-coded; at points where a factor does not exist its columns are 0.
 """
 
 from __future__ import annotations
@@ -84,6 +85,24 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
         return {"mean": mean, "low": None, "high": None, "n": 1}
     half = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2) * np.std(values, ddof=1) / np.sqrt(n))
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def seed_shares(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What all points share of each seed, from their values by seed: least squares of value = point + seed.
+
+    The shares add up to 0. Without them a point that lacks a good seed would look worse than it is. All are 0 where
+    every point has the same seeds: then they change no mean.
+    """
+    seeds = sorted({seed for point in points for seed in point})
+    if all(len(point) == len(seeds) for point in points):
+        return dict.fromkeys(seeds, 0.0)
+    cells = [(n, seeds.index(seed), value) for n, point in enumerate(points) for seed, value in point.items()]
+    at, of, values = (np.array(column) for column in zip(*cells, strict=True))
+    by_seed = np.eye(len(seeds))[:, :-1]
+    by_seed[-1] = -1
+    beta = np.linalg.lstsq(np.hstack([np.eye(len(points))[at], by_seed[of]]), values, rcond=None)[0]
+    shares = by_seed @ beta[len(points) :]
+    return dict(zip(seeds, shares.tolist(), strict=True))
 
 
 @dataclass(frozen=True)

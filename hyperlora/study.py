@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hyperlora.comparison import Record, edge, final_loss, rank_stability, select_rate
-from hyperlora.effects import Factor, factor, interactions, main_effects, mean_interval, show
+from hyperlora.effects import Factor, factor, interactions, main_effects, mean_interval, seed_shares, show
 from hyperlora.importance import importances
 from hyperlora.study_verdict import verdict
 from hyperlora.verdict import beyond
@@ -89,37 +89,44 @@ def analyse(records: Sequence[Record], plan: Mapping[str, Any]) -> dict[str, Any
     higher = measured(known, metric)[1] if known else None
     points = [_point(n, values, records, plan) for n, values in enumerate(plan["points"])]
     usable = [p for p in points if p["n"]]
+    reference = _reference(records, plan)
+    shares = seed_shares([p["by_seed"] for p in usable])
+    for p in (*usable, *([reference] if reference is not None and reference["n"] else [])):
+        p["adjusted"] = _mean(list(_comparable(p, shares).values()))
     result = {key: plan[key] for key in (*PLAN, "provenance")} | {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "higher_is_better": higher,
         "share": metric in ("accuracy", "exact_match"),
         "held_out_rows": known.get("held_out_rows"),
         "missing": [r["trial"] for r in records if r["status"] == "missing"],
-        "failed": [{"trial": r["trial"], "reason": r["reason"]} for r in records if r["status"] == "failed"],
+        "failed": [
+            {"trial": r["trial"], "reason": r["reason"], "stage": r.get("stage"), "crashed": r.get("crashed", False)}
+            for r in records
+            if r["status"] == "failed"
+        ],
         "points_measured": points,
         "noise": _noise(points),
         "effects": [],
         "interactions": [],
         "importances": {},
         "heat_maps": [],
-        "reference_measured": _reference(records, plan),
+        "reference_measured": reference,
     }
     result["complete"] = not result["missing"]
     if len(usable) > 1:
         varied = [p for p in plan["parameters"] if len({show(q["values"].get(p["key"])) for q in usable}) > 1]
         factors = [factor(p, [q["values"] for q in usable]) for p in varied]
         factors = [f for f in factors if len(f.levels) > 1]
-        y, weights = np.array([p["mean"] for p in usable]), np.array([float(p["n"]) for p in usable])
+        y, weights = np.array([p["adjusted"] for p in usable]), np.array([float(p["n"]) for p in usable])
         result["effects"] = main_effects(factors, y, weights)
         result["interactions"] = interactions(factors, y, weights)
-        trials = [(p["values"], value) for p in usable for value in p["by_seed"].values()]
+        trials = [(p["values"], value) for p in usable for value in _comparable(p, shares).values()]
         result["importances"] = importances(varied, trials)
         result["heat_maps"] = _heat_maps(factors, usable, plan)
     one_row = 1 / result["held_out_rows"] if known and result["share"] else 0.0
-    result["recommended"] = _recommended(usable, plan["seeds"], higher, one_row)
-    reference = result["reference_measured"]
-    result["dynamic_rank"] = _dynamic_rank(_of_equal_size(usable, reference), reference, higher)
-    result["pareto"] = _pareto(usable, result["reference_measured"], higher)
+    result["recommended"] = _recommended(usable, shares, higher, one_row)
+    result["dynamic_rank"] = _dynamic_rank(_of_equal_size(usable, reference), reference, shares, higher)
+    result["pareto"] = _pareto(usable, reference, higher)
     stable = [p["rank_stability"] for p in usable if p["rank_stability"] is not None]
     result["rank_stability"] = mean_interval(stable)
     return result | {"verdict": verdict(result)}
@@ -176,21 +183,28 @@ def _noise(points: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def _recommended(
-    points: Sequence[Mapping[str, Any]], seeds: Sequence[int], higher: bool | None, one_row: float
+    points: Sequence[Mapping[str, Any]], shares: Mapping[str, float], higher: bool | None, one_row: float
 ) -> dict[str, Any] | None:
     """The point with the best mean among those that finished under most seeds, and how many cannot be told from it."""
     if not points:
         return None
     most = max(p["n"] for p in points)
     whole = [p for p in points if p["n"] == most]
-    best = _best(whole, [str(s) for s in seeds], higher)
+    best = _best(whole, shares, higher)
     alike = [p["point"] for p in whole if p is not best and not _differs(p, best, one_row)]
     return {"point": best["point"], "values": best["values"], "alike": alike, "compared": len(whole) - 1}
 
 
-def _best(points: Sequence[Any], seeds: Sequence[str], higher: bool | None) -> Any:
+def _comparable(point: Mapping[str, Any], shares: Mapping[str, float]) -> dict[str, float]:
+    """A point's values by seed, without what all points share of the seed: as far as ``shares`` has it."""
+    return {seed: value - shares.get(seed, 0.0) for seed, value in point["by_seed"].items()}
+
+
+def _best(points: Sequence[Any], shares: Mapping[str, float], higher: bool | None) -> Any:
+    """The point with the best mean over the seeds of ``shares``."""
+
     def score(point: Any) -> float:
-        value = float(np.mean([v for seed, v in point["by_seed"].items() if seed in seeds]))
+        value = float(np.mean([v for seed, v in _comparable(point, shares).items() if seed in shares]))
         return -value if higher else value
 
     return min(points, key=score)
@@ -213,7 +227,7 @@ def _of_equal_size(
 
 
 def _dynamic_rank(
-    points: Sequence[Any], reference: Mapping[str, Any] | None, higher: bool | None
+    points: Sequence[Any], reference: Mapping[str, Any] | None, shares: Mapping[str, float], higher: bool | None
 ) -> dict[str, Any] | None:
     """Pruned adapters minus uniform LoRA, under each seed: the point that the *other* seeds chose, and all points.
 
@@ -225,8 +239,8 @@ def _dynamic_rank(
     shared = [s for s in reference["by_seed"] if any(s in p["by_seed"] for p in points)]
     chosen = []
     for seed in shared:
-        others = [s for s in shared if s != seed]
-        candidates = [p for p in points if seed in p["by_seed"] and set(others) & set(p["by_seed"])]
+        others = {s: shares[s] for s in shared if s != seed}
+        candidates = [p for p in points if seed in p["by_seed"] and others.keys() & p["by_seed"].keys()]
         if not candidates:  # with one seed, as long as trials are missing, or when they have failed crosswise
             continue
         best = _best(candidates, others, higher)
@@ -250,13 +264,13 @@ def _pareto(
 ) -> list[dict[str, Any]]:
     """Held-out metric against the numbers in the final adapter, of points and reference; the front is marked."""
     entries = [
-        {"name": f"point {p['point']}", "point": p["point"], "metric": p["mean"], "parameters": p["parameters"]}
+        {"name": f"point {p['point']}", "point": p["point"], "metric": p["adjusted"], "parameters": p["parameters"]}
         for p in points
     ]
     if reference is not None and reference["n"]:
         entries.append(
             {"name": reference["label"], "point": None}
-            | {"metric": reference["mean"], "parameters": reference["parameters"]}
+            | {"metric": reference["adjusted"], "parameters": reference["parameters"]}
         )
     flags = front([(-e["metric"] if higher else e["metric"], e["parameters"]) for e in entries])
     return [e | {"front": flag} for e, flag in zip(entries, flags, strict=True)]
@@ -279,7 +293,7 @@ def _heat_maps(
     if INTERVAL not in by_key or COUNT not in by_key:
         return []
     rows, columns, gamma = by_key[INTERVAL], by_key[COUNT], by_key.get(GAMMA)
-    y = np.array([p["mean"] for p in points])
+    y = np.array([p["adjusted"] for p in points])
     fixed = plan["recipe"][GAMMA]
     planes = [("the method's own" if fixed is None else show(fixed), np.ones(len(points), dtype=bool))]
     if gamma is not None:

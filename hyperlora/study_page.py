@@ -219,7 +219,8 @@ def _points(result: Result) -> str:
     keys = {p["key"]: p["label"] for p in result["parameters"]}
     chosen = result["recommended"]
     measured = [p for p in result["points_measured"] if p["n"]]
-    measured.sort(key=lambda p: -p["mean"] if result["higher_is_better"] else p["mean"])
+    # Results of earlier versions have no adjusted means.
+    measured.sort(key=lambda p: p.get("adjusted", p["mean"]), reverse=bool(result["higher_is_better"]))
     rows = [
         _point(f"point {p['point']}", [show(p["values"].get(key, "–")) for key in keys], p, result) for p in measured
     ]
@@ -266,7 +267,9 @@ def _guide(result: Result) -> str:
         (
             "Points and seeds",
             "A point is one setting of all knobs. All points run under the same seeds, so that the same batches come "
-            "in the same order. A point's mean over its seeds is one observation.",
+            "in the same order. A point's mean over its seeds is one observation. Where trials are missing, what all "
+            "points share of a seed is estimated and taken out before points that lack one are compared; the table of "
+            "points has the plain means.",
         ),
         (
             "Differences and their intervals",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hyperlora.effects import show
-from hyperlora.verdict import beyond, change, difference, number, one_row, untuned, words
+from hyperlora.verdict import beyond, change, crashed, difference, number, one_row, untuned, words
 
 #: Claims are made at this level, shared among all of a kind (Bonferroni).
 LEVEL = 0.05
@@ -22,8 +22,10 @@ def verdict(result: Mapping[str, Any]) -> str:
     sentences = []
     if result["missing"]:
         sentences.append(f"This result is partial: {len(result['missing'])} trials have not ended.")
-    if result["failed"]:
-        sentences.append(f"{len(result['failed'])} trials failed and are left out.")
+    left_out = [f for f in result["failed"] if f.get("stage") != "tune"]
+    if left_out:
+        sentences.append(f"{len(left_out)} trials failed and are left out.")
+    sentences += crashed(result["failed"])
     if result["recommended"] is None:
         return " ".join([*sentences, "No trial has finished, so that nothing can be said."])
     sentences += [_knobs(result), *_together(result), _setting(result), _dynamic(result), _untuned(result)]

@@ -198,12 +198,7 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
     hopeless = [c for c in result["contestants"] if c["search"] and c["best_lr"] is None]
     if hopeless:
         sentences.append(f"Failed at every learning rate: {_names(hopeless)}.")
-    crashed = [f["trial"] for f in result["failed"] if f.get("crashed") and f["stage"] == "tune"]
-    if crashed:
-        sentences.append(
-            f"Crashed, so that their learning rates count as infinitely bad until the same command repeats them: "
-            f"{_some(crashed)}."
-        )
+    sentences += crashed(result["failed"])
     failed = [f["trial"] for f in result["failed"] if f["stage"] == "report"]
     if failed:
         sentences.append(f"Failed at the chosen rate, and left out of all means: {_some(failed)}.")
@@ -211,6 +206,17 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
 
 
 # -------------------------------------------------------------------- numbers in words
+
+
+def crashed(failed: Sequence[Mapping[str, Any]]) -> list[str]:
+    """That trials which chose a learning rate crashed, if some did."""
+    trials = [f["trial"] for f in failed if f.get("crashed") and f["stage"] == "tune"]
+    if not trials:
+        return []
+    return [
+        f"Crashed, so that their learning rates count as infinitely bad until the same command repeats them: "
+        f"{_some(trials)}."
+    ]
 
 
 def untuned(rates: str) -> str:

@@ -117,6 +117,7 @@ def record(trial: Trial, result: Result | None) -> dict[str, Any]:
         "seed": trial.recipe.seed,
         "status": result.status if result else "missing",
         "reason": result.reason if result else None,
+        "crashed": bool(result and result.crashed),
         "outcome": result.outcome if result else None,
         "peak_memory_bytes": result.peak_memory_bytes if result else None,
     }
@@ -255,7 +256,8 @@ def _uniform_lora(recipe: Recipe) -> tuple[str, int, Recipe]:
     rank = math.ceil(recipe.target_rank)
     alpha = recipe.adapter.alpha * rank / recipe.adapter.rank
     values = {"method": "lora", "adapter.rank": rank, "adapter.alpha": alpha, "adapter.target_rank": None}
-    values |= {"hypernetwork.init_from": None, "hypernetwork.freeze": "none"}  # it has no hypernetwork to start from
+    # It has no hypernetwork to start from, and no λ.
+    values |= {"hypernetwork.init_from": None, "hypernetwork.freeze": "none", "optimizer.lambda_ratio": 1.0}
     return f"uniform LoRA of rank {rank}", rank, recipe_with(recipe, values)
 
 

@@ -135,6 +135,16 @@ def test_evaluations_that_nothing_is_stopped_by_are_a_note(
         assert ("note: --evaluations=8 has no part: no trial is stopped early" in screen) == bool(given)
 
 
+def test_what_only_triplets_have_does_not_keep_lora_from_running_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "probe", lambda recipe, notes: None)
+    words = ("--space", "pruning", "--points", "8", "--dry-run", "method=adalora", "optimizer.lambda_ratio=2")
+    plan = run(study, tmp_path, *words)[1]
+    assert plan["recipe"]["optimizer"]["lambda_ratio"] == 2
+    assert plan["reference"]["label"] == "uniform LoRA of rank 4"
+
+
 # ---------------------------------------------------------------- points
 
 

@@ -15,7 +15,7 @@ import pytest
 import trials
 
 from hyperlora import table
-from hyperlora.effects import factor, interactions, least_squares, main_effects
+from hyperlora.effects import factor, interactions, least_squares, main_effects, seed_shares
 from hyperlora.importance import importances
 from hyperlora.study import analyse, front, row
 from hyperlora.study_page import study_page
@@ -343,6 +343,40 @@ def test_trials_that_are_missing_crosswise_do_not_end_a_study(missing: list[tupl
     }
     # Crosswise, no seed can judge what the other one chose, nor can one seed alone.
     assert (result["dynamic_rank"] is None) == (len(missing) == 2)
+
+
+def test_a_seed_that_some_points_lack_is_no_effect_of_their_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study runs seed by seed: stopped within one, it has the first half of the points under more seeds."""
+    monkeypatch.setattr("hyperlora.study.importances", lambda *known: {})  # forests would take a minute
+    rng, claims = np.random.default_rng(5), 0
+    for _ in range(40):
+        there = [(n, s) for s in (1, 2) for n in range(len(GRID)) if s == 1 or n < len(GRID) // 2]
+        records = [point(n, s, 0.8 + 0.05 * s + 0.002 * rng.standard_normal()) for n, s in there]
+        result = analyse(records, plan(seeds=[1, 2], reference=None))
+        claims += "What matters" in result["verdict"]
+        adjusted = [p["adjusted"] for p in result["points_measured"]]
+        assert np.ptp(adjusted) < 0.02, "half a seed's share would be 0.025"
+    assert claims <= 4
+    # What is known of every seed is not changed.
+    whole = study(planted)["points_measured"]
+    assert [p["adjusted"] for p in whole] == [p["mean"] for p in whole]
+
+
+def test_shares_of_seeds_are_the_planted_ones() -> None:
+    points = [{s: a + share for s, share in (("1", -0.3), ("2", 0.1), ("3", 0.2))} for a in (1.0, 2.0, 5.0)]
+    assert seed_shares(points) == {"1": 0.0, "2": 0.0, "3": 0.0}
+    del points[0]["3"], points[2]["1"]
+    assert seed_shares(points) == pytest.approx({"1": -0.3, "2": 0.1, "3": 0.2})
+
+
+def test_a_rate_that_crashed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperlora.study.importances", lambda *known: {})  # forests take a second
+    gone = {"status": "failed", "reason": "OutOfMemoryError", "outcome": None, "crashed": True}
+    records = [lora(0, 0.1), lora(0, 0.1, lr=8e-3) | gone, *(lora(s, 0.7) for s in SEEDS)]
+    records += [point(n, s, 0.8 + 0.01 * n) for n in range(2) for s in SEEDS]
+    text = analyse(records, plan(points=GRID[:2]))["verdict"]
+    assert "count as infinitely bad until the same command repeats them: 1 trial (lora-lr0.008-seed0)." in text
+    assert "left out" not in text
 
 
 def test_for_a_loss_less_is_better() -> None:
