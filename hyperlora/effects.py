@@ -1,9 +1,9 @@
 """Effects of a designed experiment's factors: least squares on the points' means.
 
 Every point is run with the same seeds, so that its mean is one observation and what all points share of a seed drops
-out. Where trials are missing that share is estimated and taken out first (:func:`seed_shares`). Residuals of the additive
-model hold the noise of the seeds and the interactions alike: intervals are wide where interactions are strong. Factors
-are sum-coded; at points where a factor does not exist its columns are 0.
+out. Where trials are missing that share is estimated and taken out first (:func:`seed_shares`). Residuals of the
+additive model hold the noise of the seeds and the interactions alike: intervals are wide where interactions are strong.
+Factors are sum-coded; at points where a factor does not exist its columns are 0.
 """
 
 from __future__ import annotations
