@@ -136,8 +136,23 @@ class Proposals:
         self._open[_key(values)] = trial
         self._seen.add(_key(values))
 
+    def check(self, values: Values) -> None:
+        """Find out whether a point of an earlier run is one of the space.
+
+        Raises:
+            ValueError: the space has not all its parameters, or not with these values; names them.
+        """
+        outside = []
+        for key, value in values.items():
+            try:
+                create_trial(state=TrialState.FAIL, params={key: value}, distributions={key: self._distributions[key]})
+            except (KeyError, ValueError):
+                outside.append(f"{key}={value}")
+        if outside:
+            raise ValueError(f"it has no {', '.join(outside)}")
+
     def resume(self, values: Values) -> None:
-        """A point of an earlier run goes on: it is at work without having been asked for."""
+        """A point of an earlier run, one of the space, goes on: it is at work without having been asked for."""
         self._ask_for(values)
         self._resample()
 
@@ -148,7 +163,7 @@ class Proposals:
         results: Sequence[float] | None,
         reports: Sequence[tuple[int, float]] = (),
     ) -> None:
-        """How a point ended, asked for in this run or an earlier one.
+        """How a point of the space ended, asked for in this run or an earlier one.
 
         Args:
             values: the point.
@@ -162,13 +177,12 @@ class Proposals:
         trial = self._open.pop(_key(values), None)
         if trial is None:
             self._resample()
-            params = {k: v for k, v in values.items() if k in self._distributions}
             self._study.add_trial(
                 create_trial(
                     state=state,
                     values=None if results is None else list(results),
-                    params=params,
-                    distributions={k: self._distributions[k] for k in params},
+                    params=dict(values),
+                    distributions={k: self._distributions[k] for k in values},
                     intermediate_values=shown,
                 )
             )

@@ -163,11 +163,20 @@ def run(
         verbose: show the logs of Ray and of the workers.
 
     Raises:
-        RecipeError: the cluster cannot hold a trial, or a trial's folder is of another recipe, or of other rows.
+        RecipeError: the cluster cannot hold a trial, or a trial's folder is of another recipe, of other rows, or of a
+            point that the space does not hold.
     """
     scheduler = None if search.stopping is None else _asha(search.stopping)
     waiting, past = [], 0
-    for trial in known(search):
+    earlier = known(search)
+    for trial in earlier:
+        values = runs.read(trial.uri, VALUES)
+        try:
+            proposals.check(values)
+        except ValueError as error:
+            allowed = f"a space that holds the points of the trials in {search.uri}, or another --out ({error})"
+            raise RecipeError([Problem("--space", values, allowed)]) from error
+    for trial in earlier:
         runs.check_same(trial.uri, trial.recipe)
         result = ended(trial, sha256)
         if result is None:
@@ -176,11 +185,7 @@ def run(
         past += 1
         # A run that was killed kept them.
         drop_checkpoints(trial.uri)
-        try:
-            _tell(proposals, search, result)
-        except ValueError as error:
-            allowed = f"a space that holds the points of the trials in {search.uri}, or another --out ({error})"
-            raise RecipeError([Problem("--space", trial.key, allowed)]) from error
+        _tell(proposals, search, result)
         _replay(scheduler, result)
         over(result)
     if past >= search.count:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hyperlora import storage, tuning
-from hyperlora.config import Problem, Recipe, RecipeError
+from hyperlora.config import METHODS, Problem, Recipe, RecipeError
 from hyperlora.preflight import Estimate, inspect
 from hyperlora.sampling import SAMPLERS, Objective, Proposals, Searched
 from hyperlora.search import Result, Trial
@@ -189,7 +189,9 @@ def resolved(args: Namespace) -> Options:
         raise RecipeError(problems)
     assert recipe is not None
     assert space is not None
-    if any(o.name == "rank_final" for o in objectives) and KEPT_RANK.key not in {p.key for p in space.parameters}:
+    prunes = METHODS[recipe.method].singular_values  # the rank of others is what adapter.rank says
+    keys = {p.key for p in space.parameters}
+    if prunes and any(o.name == "rank_final" for o in objectives) and KEPT_RANK.key not in keys:
         space = space.model_copy(update={"parameters": (*space.parameters, KEPT_RANK)})
     base = trial_recipe(recipe)
     several = {"num_workers": workers, "backend": "ray" if workers > 1 else "local"}

@@ -11,6 +11,6 @@ SPACE = Space(
         Parameter(key="gamma", label="γ", low=1e-3, high=1, log=True, default=0.1),
         Parameter(key="hypernetwork.hidden_size", label="hidden size", choices=(24, 48, 96, 192, 312)),
         Parameter(key="optimizer.lr", label="learning rate", low=0.125, high=8, log=True, unit="lr"),
-        Parameter(key="optimizer.trunk_lr", label="hypernetworks' rate", low=0.05, high=20, log=True, unit="trunk_lr"),
+        Parameter(key="optimizer.trunk_lr", label="trunks' rate", low=0.05, high=20, log=True, unit="trunk_lr"),
     ),
 )

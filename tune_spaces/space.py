@@ -6,9 +6,10 @@ have to go, the recipe's own learning rate). :meth:`Space.bind` fits it to one r
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
@@ -23,6 +24,8 @@ Values = dict[str, Any]
 Unit = Literal["steps", "excess", "rank", "lr", "trunk_lr"]
 #: Counted in whole numbers, whatever the range says.
 WHOLE = ("steps", "excess")
+#: Points of the grid that are looked at before a search, and as many drawn from it.
+ASKED = 4096
 
 
 # YAML has lists.
@@ -42,7 +45,7 @@ class Parameter(Section):
     unit: Unit | None = Field(
         None,
         description="of low, high, levels and default: the run's steps, the singular values that have to go, "
-        "adapter.rank, optimizer.lr, or the hypernetworks' rate; null: 1",
+        "adapter.rank, optimizer.lr, or the trunks' rate; null: 1",
     )
     levels: int | Annotated[tuple[float, ...], Strict(False)] = Field(
         3, description="values of a designed experiment, or how many of them"
@@ -51,7 +54,9 @@ class Parameter(Section):
         None, description="where a search starts; null: the recipe's value"
     )
     when: dict[str, Choices] = Field(
-        default_factory=dict, description="the parameter exists only where an earlier one has one of these values"
+        default_factory=dict,
+        description="the parameter exists only where an earlier one has one of these values; elsewhere its key is "
+        "null, if that is its default, and otherwise what the recipe says",
     )
 
     @model_validator(mode="after")
@@ -63,6 +68,8 @@ class Parameter(Section):
                 raise ValueError("choices: each value once")
             if self.default is not None and self.default not in self.choices:
                 raise ValueError(f"default: one of {', '.join(map(str, self.choices))}")
+            if ignored := [name for name in ("unit", "log", "integer", "levels") if name in self.model_fields_set]:
+                raise ValueError(f"{', '.join(ignored)}: for low and high alone; choices are the recipe's own values")
             return self
         if self.low is None or self.high is None:
             raise ValueError("give choices, or low and high")
@@ -139,14 +146,14 @@ class Space(Section):
                 point of the space is feasible.
         """
         method = METHODS[recipe.method]
+        needs = dict.fromkeys(("pruning", "gamma", "adapter.target_rank"), method.singular_values)
+        needs |= dict.fromkeys(("hypernetwork", "optimizer.trunk_lr", "optimizer.output_lr"), method.hypernetwork)
         problems = []
         for parameter in self.parameters:
-            section = parameter.key.split(".")[0]
-            needs = {"pruning": method.singular_values, "gamma": method.singular_values}
-            needs["hypernetwork"] = method.hypernetwork
-            if not needs.get(section, True):
+            needed = parameter.key if parameter.key in needs else parameter.key.split(".")[0]
+            if not needs.get(needed, True):
                 field = f"--space {self.name}: {parameter.key}"
-                problems.append(Problem(field, recipe.method, f"a method that has {section}; this one has not"))
+                problems.append(Problem(field, recipe.method, f"a method that has {needed}; this one has not"))
             now = _at(recipe, parameter.key)
             number = now is None or (isinstance(now, int | float) and not isinstance(now, bool))
             if isinstance(now, BaseModel) or not (number or parameter.choices):
@@ -159,11 +166,12 @@ class Space(Section):
         facts = Facts(estimate.steps, estimate.modules, estimate.rank_initial, excess)
         bound = BoundSpace(recipe, facts, tuple(_domain(p, recipe, facts) for p in self.parameters), self.constraints)
         # A constraint that cannot be asked at some points is told of before a search comes to them.
-        for point in bound.grid() if self.constraints else ():
+        for point in bound.some() if self.constraints else ():
             bound.violated(point)
         if bound.start() is None:
             reason = bound.infeasible(bound.default())
-            raise RecipeError([Problem(f"--space {self.name}", bound.default(), f"no feasible point: {reason}")])
+            allowed = f"no feasible point found: {reason}"
+            raise RecipeError([Problem(f"--space {self.name}", bound.default(), allowed)])
         return bound
 
 
@@ -218,6 +226,10 @@ class Domain:
     default: Any
     when: Mapping[str, tuple[Any, ...]]
 
+    def exists(self, values: Mapping[str, Any]) -> bool:
+        """Whether a point with these earlier values has the parameter."""
+        return all(values.get(key) in allowed for key, allowed in self.when.items())
+
     def suggest(self, trial: Suggests) -> Any:
         """A value from an Optuna trial."""
         if self.choices:
@@ -253,7 +265,7 @@ class BoundSpace:
         """A point, one parameter after the other, without those that do not exist beside the earlier values."""
         values: Values = {}
         for domain in self.domains:
-            if all(values.get(key) in allowed for key, allowed in domain.when.items()):
+            if domain.exists(values):
                 values[domain.key] = value(domain)
         return values
 
@@ -266,8 +278,9 @@ class BoundSpace:
         return self.pick(lambda domain: domain.default)
 
     def start(self) -> Values | None:
-        """The default, or the first feasible level of the grid; None when nothing is feasible."""
-        return next((p for p in (self.default(), *self.grid()) if self.infeasible(p) is None), None)
+        """The default, or another feasible point; None when none was found."""
+        points = itertools.chain([self.default()], self.some())
+        return next((p for p in points if self.infeasible(p) is None), None)
 
     def infeasible(self, values: Mapping[str, Any]) -> str | None:
         """Why a point cannot be run; None when it can.
@@ -306,19 +319,23 @@ class BoundSpace:
         Raises:
             RecipeError: the values break a rule of recipes.
         """
-        return recipe_with(self.recipe, values)
+        # What the recipe says of a parameter may be refused where that does not exist, as k beside cubic.
+        absent = [d.key for d in self.domains if not d.exists(values) and _null_by_default(self.recipe, d.key)]
+        return recipe_with(self.recipe, dict.fromkeys(absent) | dict(values))
 
-    def grid(self) -> list[Values]:
-        """Every combination of the levels, infeasible ones too, each once."""
-        points: list[Values] = [{}]
+    def some(self) -> Iterator[Values]:
+        """The first points of the grid, and as many drawn from all of it: of a small one every point."""
+        yield from itertools.islice(self.grid(), ASKED)
+        rng = np.random.default_rng(0)
+        for _ in range(ASKED):
+            yield self.pick(lambda d: d.levels[rng.integers(len(d.levels))])
+
+    def grid(self) -> Iterator[Values]:
+        """Every combination of the levels, infeasible ones too, each once; made one by one, since they may be many."""
+        points: Iterator[Values] = iter([{}])
         for domain in self.domains:
-            points = [
-                {**point, domain.key: level} if exists else point
-                for point in points
-                for exists in [all(point.get(key) in allowed for key, allowed in domain.when.items())]
-                for level in (domain.levels if exists else (None,))
-            ]
-        return list({json.dumps(p, sort_keys=True): p for p in points}.values())
+            points = _crossed(points, domain)
+        return points
 
     def feasible(self, points: Iterable[Values]) -> list[Values]:
         """The points that can be run, in their order."""
@@ -333,6 +350,24 @@ def recipe_with(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     return parse(apply_overrides(recipe.model_dump(mode="json"), overrides))
+
+
+def _null_by_default(recipe: Recipe, key: str) -> bool:
+    *sections, name = key.split(".")
+    node: BaseModel = recipe
+    for section in sections:
+        node = getattr(node, section)
+    return type(node).model_fields[name].default is None
+
+
+def _crossed(points: Iterable[Values], domain: Domain) -> Iterator[Values]:
+    """Each point with every level of a parameter that exists there."""
+    for point in points:
+        if domain.exists(point):
+            for level in domain.levels:
+                yield {**point, domain.key: level}
+        else:
+            yield point
 
 
 def _is_key(key: str) -> bool:

@@ -145,6 +145,23 @@ def test_what_an_earlier_run_found_is_known() -> None:
     assert known.ask() not in points
 
 
+def test_a_point_of_an_earlier_run_that_the_space_does_not_hold() -> None:
+    source = proposals()
+    good = {"x": 1.0, "n": 64, "kind": "a"}
+    source.check(good)
+    source.check({"kind": "b"})  # one that has not all parameters is one of the space
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"rank": 4}, "rank=4"),
+        ({"x": 2.0}, "x=2.0"),
+        ({"n": "many"}, "n=many"),
+        ({"n": 0, "kind": "d"}, "n=0, kind=d"),
+    ]
+    for changes, named in bad:
+        with pytest.raises(ValueError, match=f"it has no {named}$"):
+            source.check(good | changes)
+    assert source.ask() == proposals().ask(), "asking leaves no trace"
+
+
 def seldom(values: dict[str, Any]) -> str | None:
     """Three of ten points can be run."""
     return "x above 0.0158" if values["x"] > 10**-2.8 else None

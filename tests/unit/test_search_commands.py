@@ -145,6 +145,13 @@ def test_what_only_triplets_have_does_not_keep_lora_from_running_beside_them(
     assert plan["reference"]["label"] == "uniform LoRA of rank 4"
 
 
+@pytest.mark.parametrize(("method", "varies"), [("adalora", True), ("lora", False)])
+def test_the_kept_rank_varies_where_the_method_prunes(method: str, varies: bool) -> None:
+    words = ["tune", "quickstart", f"method={method}", "--space", "joint", "--objectives", "metric,rank"]
+    keys = {p.key for p in tune.resolved(parse_arguments(words)).space.parameters}
+    assert ("adapter.target_rank" in keys) == varies
+
+
 # ---------------------------------------------------------------- points
 
 

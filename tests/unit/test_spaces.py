@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,46 @@ def test_designs_hold_only_points_that_reach_the_target(design: Any) -> None:
         assert len(points) == 24
 
 
+@pytest.mark.parametrize("design", ["grid", "sobol"])
+def test_a_count_of_the_recipe_is_not_for_points_that_have_none(design: Any) -> None:
+    """The cubic budget refuses any."""
+    given, free = bound("pruning", pruning={"count": 8}), bound("pruning")
+    cubic = [p for p in points_of(given, design, 24) if p["pruning.schedule"] == "cubic"]
+    assert cubic
+    assert cubic == [p for p in points_of(free, design, 24) if p["pruning.schedule"] == "cubic"]
+    assert all(given.recipe_at(p).pruning.count is None for p in cubic)
+    assert given.recipe_at({"pruning.schedule": "interval"}).pruning.count == 8, "where it exists the recipe's holds"
+
+
+def many(*constraints: Constraint) -> Space:
+    """Some 200,000 combinations of levels; the default is feasible."""
+    schedule = Parameter(key="pruning.schedule", choices=("interval", "cubic"))
+    keys = ("eps", "lr", "trunk_lr", "output_lr", "other_lr", "weight_decay")
+    ranges = (Parameter(key=f"optimizer.{key}", low=1e-9, high=1, levels=7) for key in keys)
+    return Space(name="many", parameters=(schedule, *ranges), constraints=constraints)
+
+
+def test_levels_cost_nothing_where_a_search_starts_from_the_default() -> None:
+    tracemalloc.start()
+    space = many(Constraint("true", lambda values, facts: True)).bind(recipe(), estimate())
+    assert space.start() == space.default()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**21, "all combinations take a hundred times as much"
+
+
+def test_a_constraint_is_asked_at_points_from_all_of_a_large_grid() -> None:
+    wrong = Constraint("γ", lambda values, facts: values["pruning.schedule"] == "interval" or values["gamma"] > 0)
+    with pytest.raises(RecipeError, match=r"γ: got \{'pruning.schedule': 'cubic'.*KeyError: 'gamma'"):
+        many(wrong).bind(recipe(), estimate())
+
+
+def test_where_the_default_is_infeasible_the_first_feasible_level_starts() -> None:
+    longest = Constraint("ΔT above 30", lambda values, facts: values["pruning.interval"] > 30)
+    space = SHIPPED["smoke"].model_copy(update={"constraints": (longest,)}).bind(recipe(), estimate())
+    assert space.start() == {"pruning.interval": 40, "optimizer.lr": 0.0025}
+
+
 def test_the_fraction_tells_more_than_chance() -> None:
     """Information on main effects under the chosen subset, against random subsets of the same size."""
     space = bound("pruning")
@@ -185,6 +226,11 @@ BAD = {
         {"key": "gamma", "low": 0, "high": 1, "levels": [0, 2]},
         "levels: two or more values from 0 to 1",
     ),
+    "unit of choices": ({"key": "optimizer.lr", "choices": [0.5, 1, 2], "unit": "lr"}, "unit: for low and high alone"),
+    "range of choices": (
+        {"key": "gamma", "choices": [0.1, 1], "levels": 2, "integer": False, "log": True},
+        "log, integer, levels: for low and high alone; choices are the recipe's own values",
+    ),
     "strange when": (
         {"key": "gamma", "low": 0, "high": 1, "when": {"method": ["lora"]}},
         "when names choices of an earlier parameter",
@@ -239,17 +285,35 @@ def test_a_name_that_no_file_can_have() -> None:
         read_space("x" * 300 + ".yaml")
 
 
+KEPT = Space(name="kept", parameters=(Parameter(key="adapter.target_rank", low=2, high=8, integer=True),))
+RATES = Space(
+    name="rates",
+    parameters=tuple(Parameter(key=f"optimizer.{key}", low=1e-4, high=1) for key in ("lr", "trunk_lr", "output_lr")),
+)
+
+
 def test_spaces_that_do_not_fit_the_recipe() -> None:
+    assert KEPT.bind(recipe(method="adalora"), estimate()).start()
+    assert RATES.bind(recipe(method="hyperlora"), estimate()).start()
     with pytest.raises(RecipeError, match=r"pruning\.interval: got 'lora'; a method that has pruning"):
         bound("pruning", method="lora")
     with pytest.raises(RecipeError, match=r"hypernetwork\.kind: got 'adalora'; a method that has hypernetwork"):
         bound("hypernetwork", method="adalora")
+    with pytest.raises(RecipeError, match=r"adapter\.target_rank: got 'lora'; a method that has adapter\.target_rank"):
+        KEPT.bind(recipe(method="lora"), estimate())
+    for method in ("lora", "adalora"):
+        with pytest.raises(RecipeError) as error:
+            RATES.bind(recipe(method=method), estimate())
+        assert [p.field for p in error.value.problems] == [
+            "--space rates: optimizer.trunk_lr",
+            "--space rates: optimizer.output_lr",
+        ]
     never = Space(
         name="never",
         parameters=(Parameter(key="gamma", choices=(0.0, 0.1)),),
         constraints=(Constraint("γ above 1", lambda values, facts: values["gamma"] > 1),),
     )
-    with pytest.raises(RecipeError, match="no feasible point: γ above 1"):
+    with pytest.raises(RecipeError, match="no feasible point found: γ above 1"):
         never.bind(recipe(), estimate())
 
 

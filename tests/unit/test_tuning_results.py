@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import trials
 
+from hyperlora import runs, tuning
+from hyperlora.config import RecipeError
+from hyperlora.sampling import Objective, Proposals, Searched
+from hyperlora.search import Result, Trial, write
+from hyperlora.training import RunInfo
+from hyperlora.tuning import STOPPED, VALUES, Search
 from hyperlora.tuning_report import analyse, tuning_page
+from pipelines.common import load_recipe
 
 RATE = {"key": "optimizer.lr", "label": "learning rate", "choices": (), "low": 1e-4, "high": 1.0, "log": True}
 RATE |= {"integer": False, "default": 1e-3}
@@ -63,3 +72,51 @@ def test_the_front_of_metric_and_seconds() -> None:
     assert result["best"]["trial"] == "t0001", "of two with the same metric the faster one"
     assert "3 trials lie on the front of accuracy, training time." in result["verdict"]
     assert "Trials that no other beats in all of accuracy, training time." in tuning_page(result)
+
+
+KIND = {"key": "kind", "choices": ("a", "b"), "low": 0, "high": 0, "log": False, "integer": False}
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"adapter.target_rank": 4}, "adapter.target_rank=4"),  # a parameter that is gone
+        ({"kind": "c"}, "kind=c"),  # a choice
+        ({"optimizer.lr": 2.0}, "optimizer.lr=2.0"),  # the end of a range
+    ],
+)
+@pytest.mark.parametrize("over", [True, False])
+def test_a_search_does_not_go_on_in_a_folder_with_points_that_its_space_has_not(
+    changed: dict[str, Any], named: str, over: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the trial has ended or was interrupted; nothing is told of, removed or started before."""
+
+    def suggest(trial: optuna.Trial) -> dict[str, Any]:
+        return {
+            "optimizer.lr": trial.suggest_float("optimizer.lr", 1e-4, 1.0, log=True),
+            "kind": trial.suggest_categorical("kind", KIND["choices"]),
+        }
+
+    def started(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a search starts")
+
+    recipe = load_recipe("quickstart", ["ray.num_workers=1"])
+    for n, values in enumerate(({"optimizer.lr": 0.1, "kind": "a"}, {"optimizer.lr": 0.2, "kind": "b"} | changed)):
+        uri = str(tmp_path / f"trials/t{n:04d}")
+        runs.record(RunInfo(uri), recipe)
+        (Path(uri) / "checkpoints").mkdir()
+        write(uri, VALUES, values)
+        if over or n == 0:
+            write(uri, STOPPED, {"step": 3, "reason": "others were better"})
+    told: list[Result] = []
+    objectives = [Objective("loss", higher=False)]
+    proposals = Proposals("tpe", Searched([RATE, KIND], suggest, lambda values: None), objectives, seed=0)
+    search = Search(str(tmp_path), 3, lambda name, v: Trial(name, f"{tmp_path}/trials/{name}", recipe), objectives)
+    monkeypatch.setattr(tuning, "cluster", started)
+    with pytest.raises(RecipeError) as error:
+        tuning.run(search, recipe, proposals, started=started, over=told.append, trainable=started)
+    (problem,) = error.value.problems
+    assert problem.field == "--space"
+    assert problem.allowed.endswith(f"or another --out (it has no {named})")
+    assert told == []
+    assert len(list(tmp_path.glob("trials/*/checkpoints"))) == 2
