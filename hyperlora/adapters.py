@@ -142,12 +142,12 @@ def load_config(model: ModelConfig, **extra: Any) -> PretrainedConfig:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     return AutoConfig.from_pretrained(
         resolve_path(model.path),
-        **_pinned(model),
+        **pinned(model),
         **overrides,
     )
 
 
-def _pinned(model: ModelConfig) -> dict[str, Any]:
+def pinned(model: ModelConfig) -> dict[str, Any]:
     """Which revision of the hub repository is loaded, and of which its code; the code may lie in another repository."""
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     return options | ({"code_revision": model.revision} if model.trust_remote_code else {})
@@ -160,7 +160,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         # Any tokenizer serves weights that know nothing; this one ships with the package and is the smallest.
         path = f"{BUILTIN}storylm"
     # The revision is the model's; code of another repository would be pinned by nothing.
-    options = _pinned(model) if model.tokenizer is None else {"trust_remote_code": False}
+    options = pinned(model) if model.tokenizer is None else {"trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(resolve_path(path), **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -178,7 +178,7 @@ def build_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, num_labels: i
     if model.init == "random":
         return factory.from_config(config, dtype=dtype)
     try:
-        options = {"config": config, "dtype": dtype, "use_safetensors": True, **_pinned(model)}
+        options = {"config": config, "dtype": dtype, "use_safetensors": True, **pinned(model)}
         loaded: Any = factory.from_pretrained(resolve_path(model.path), output_loading_info=True, **options)
         base, found = loaded
     except OSError as error:

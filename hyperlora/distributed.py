@@ -162,11 +162,13 @@ def _worker(config: dict[str, Any]) -> None:
     world = World(rank, size, dist.group.WORLD if size > 1 else None, get_device())
     sinks: list[Sink] = []
     if rank == 0:
-        sinks.append(_QueueSink(queue))
+        progress = _QueueSink(queue)
+        sinks.append(progress)
         if run.mlflow_run_id is not None:
             from hyperlora.tracking import MLflowSink  # seconds of import that the other workers need not spend
 
-            sinks.append(MLflowSink(recipe.mlflow.tracking_uri, run.mlflow_run_id))
+            # The driver, which may be on another machine, sees nothing of what is logged here.
+            sinks.append(MLflowSink(recipe.mlflow.tracking_uri, run.mlflow_run_id, warn=progress.warning))
     order = _Order(config["orders"]) if rank == 0 else None
     leaving = _Preemption() if rank == 0 else lambda: False
     try:

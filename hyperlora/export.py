@@ -15,8 +15,9 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from hyperlora import checkpoint, storage
+from hyperlora.adapters import pinned
 from hyperlora.baselines import AdapterOptimizer, UnequalLoRA
-from hyperlora.config import BUILTIN, Recipe
+from hyperlora.config import BUILTIN, METHODS, Recipe
 from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.storage import patiently
 
@@ -51,10 +52,15 @@ class PlainAdapter:
         """All modules at the smallest rank that vLLM accepts, filled with zeros.
 
         Raises:
-            ValueError: a module's rank exceeds every accepted rank, or the adapter is DoRA's, which vLLM cannot serve.
+            ValueError: a module's rank exceeds every accepted rank, or there is more than LoRA's matrices (DoRA's
+                magnitudes, a classifier's head, other modules trained in full), which vLLM refuses.
         """
-        if self.config.get("use_dora"):
-            raise ValueError("a DoRA adapter cannot be padded for vLLM: vLLM does not serve DoRA magnitudes")
+        saved = ["DoRA's magnitudes"] if self.config.get("use_dora") else self.config.get("modules_to_save")
+        if more := sorted(set(saved or self.others)):
+            raise ValueError(
+                f"an adapter of LoRA's matrices alone: vLLM does not serve {', '.join(more)}; exported without "
+                "--uniform-rank it loads in PEFT"
+            )
         largest = max(a.shape[0] for a, _ in self.pairs.values())
         fitting = [r for r in SERVED_RANKS if r >= largest]
         if not fitting:
@@ -175,14 +181,28 @@ def from_files(files: Mapping[str, bytes]) -> PlainAdapter:
     return PlainAdapter(pairs, tensors, config)
 
 
-def card_facts(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model card says of a checkpoint: steps, labels, and quality if it was measured after training."""
+def card_facts(trainer: Mapping[str, Any], outcome: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a model card says of a checkpoint: steps, labels, and quality as last measured, with its step.
+
+    Args:
+        trainer: of the checkpoint.
+        outcome: of the run that this checkpoint ends; the checkpoint may be older than the last evaluation.
+    """
     metric, evaluations = trainer["metric"], trainer["evaluations"]
-    facts = {"steps": trainer["step"], "labels": trainer["labels"]}
+    # Older checkpoints do not say how they pad.
+    facts = {"steps": trainer["step"], "labels": trainer["labels"], "pad_token_id": trainer.get("pad_token_id")}
+    if outcome is not None:
+        return facts | {key: outcome[key] for key in ("metric", "metric_before", "metric_after")}
     if not evaluations or not evaluations[-1]["step"]:
         return facts
-    before = evaluations[0] if evaluations[0]["step"] == 0 else {}
-    return facts | {"metric": metric, "metric_before": before.get(metric), "metric_after": evaluations[-1][metric]}
+    first, last = evaluations[0], evaluations[-1]
+    before = first[metric] if first["step"] == 0 else None
+    return facts | {
+        "metric": metric,
+        "metric_before": before,
+        "metric_after": last[metric],
+        "metric_step": last["step"],
+    }
 
 
 def write_adapter(
@@ -231,7 +251,9 @@ def model_card(adapter: PlainAdapter, recipe: Recipe, outcome: dict[str, Any]) -
     if metric is not None:
         before = outcome.get("metric_before")
         start = "" if before is None else f" (base model {before:.4f})"
-        rows.append((f"held-out {metric}", f"{outcome['metric_after']:.4f}{start}"))
+        step = outcome.get("metric_step", outcome["steps"])
+        earlier = "" if step == outcome["steps"] else f" at step {step}"
+        rows.append((f"held-out {metric}{earlier}", f"{outcome['metric_after']:.4f}{start}"))
     labels = outcome["labels"]
     if labels:
         rows.append(("labels", ", ".join(f"{n} {label}" for n, label in enumerate(labels))))
@@ -239,18 +261,31 @@ def model_card(adapter: PlainAdapter, recipe: Recipe, outcome: dict[str, Any]) -
     loader = "AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM"
     imports, path = "", json.dumps(recipe.model.path)
     if recipe.model.path.startswith(BUILTIN):
-        imports, path = "from hyperlora.adapters import resolve_path\n", f"resolve_path({path})"
-    more = f", num_labels={len(labels)}" if labels else ""
-    more += f", revision={json.dumps(recipe.model.revision)}" if recipe.model.revision else ""
+        imports, path = "\nfrom hyperlora.adapters import resolve_path", f"resolve_path({path})"
+    options = _arguments({name: value for name, value in pinned(recipe.model).items() if value})
+    # As in training: a model, unlike its config, does not take every setting.
+    settings = dict(recipe.model.config)
+    if labels:
+        settings["num_labels"] = len(labels)
+        if (pad := outcome.get("pad_token_id")) is not None:
+            settings["pad_token_id"] = pad
+    classes, config = loader, ""
+    if settings:
+        classes = f"AutoConfig, {loader}"
+        config = f"config = AutoConfig.from_pretrained({path}{options}{_arguments(settings)})\n"
+        options = f", config=config{options}"
+    baked = "The scale is baked into the weights"
+    if METHODS[recipe.method].singular_values:
+        baked = "Singular values and scale are baked into the weights and pruned directions are gone"
     return f"""---
 base_model: "{recipe.model.path}"
 library_name: peft
-tags: [lora, hyperadalora]
+tags: [{", ".join(dict.fromkeys(("lora", recipe.method)))}]
 ---
 # {recipe.name}
 
-A LoRA adapter trained with HyperAdaLoRA. Singular values and scale are baked into the weights and pruned
-directions are gone, so that it is an ordinary PEFT LoRA adapter.
+A LoRA adapter, trained by hyperlora with method `{recipe.method}`.
+{baked}, so that it is an ordinary PEFT LoRA adapter.
 
 | | |
 |---|---|
@@ -258,9 +293,13 @@ directions are gone, so that it is an ordinary PEFT LoRA adapter.
 
 ```python
 from peft import PeftModel
-from transformers import {loader}
-{imports}
-base = {loader}.from_pretrained({path}{more})
+from transformers import {classes}{imports}
+
+{config}base = {loader}.from_pretrained({path}{options})
 model = PeftModel.from_pretrained(base, ".")
 ```
 """
+
+
+def _arguments(values: Mapping[str, Any]) -> str:
+    return "".join(f", {name}={value!r}" for name, value in values.items())

@@ -39,6 +39,8 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[1-9]\d*))$")
 #: Names of registered models that fit into a URI and a folder.
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+# Characters of a version's description that MLflow's tables on PostgreSQL and MySQL have room for.
+DESCRIPTION = 5000
 #: What ``registration.json`` has to say.
 FACTS = ("metric", "value", "higher_is_better", "evaluation", "base_model", "source", "metrics", "recipe")
 
@@ -90,7 +92,7 @@ def register(
             tags={
                 f"hyperlora.{k}": json.dumps(facts[k]) for k in ("metric", "value", "higher_is_better", "evaluation")
             },
-            description=files[CARD].decode(),
+            description=_description(files[CARD].decode()),
         )
         # Now, since others may have registered theirs while the files went up.
         champion = _champion(client, name)
@@ -183,13 +185,18 @@ def _store(
     run_id = client.create_run(tracking.experiment(client, config), tags=tags).info.run_id
     for key, value in facts["metrics"].items():
         if isinstance(value, int | float):
-            client.log_metric(run_id, key, value)
+            client.log_metric(run_id, key, value, synchronous=True)
     with tempfile.TemporaryDirectory() as folder:
         for file, data in files.items():
             (Path(folder) / file).write_bytes(data)
         client.log_artifacts(run_id, folder, "adapter")
     client.set_terminated(run_id, "FINISHED")
     return str(run_id)
+
+
+def _description(card: str) -> str:
+    """As much of a card as databases hold; all of it is among the files."""
+    return card if len(card) <= DESCRIPTION else card[:DESCRIPTION].rsplit("\n", 1)[0]
 
 
 def _make(client: MlflowClient, name: str) -> None:

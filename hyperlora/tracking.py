@@ -8,6 +8,7 @@ import os
 import platform
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,8 @@ ERRORS = (Exception,)
 # What MLflow answers to a record that it will never take, and to all that is said of a run that was deleted.
 REFUSED = "INVALID_PARAMETER_VALUE"
 PACKAGES = ("torch", "transformers", "peft", "ray", "mlflow", "datasets")
-# MLflow takes at most this many metrics, parameters and tags in one request.
+# MLflow takes at most this many metrics, parameters and tags in one request. Every request is ``synchronous``: one that
+# MLFLOW_ENABLE_ASYNC_LOGGING puts off would fail where nobody hears of it.
 BATCH = 1000
 PARAMS = 100
 VALUE = 6000
@@ -114,7 +116,7 @@ def start(recipe: Recipe, run_uri: str, run_name: str, facts: Mapping[str, Any])
         params = flatten(recipe.model_dump(mode="json")) | {f"resolved.{k}": v for k, v in flatten(facts).items()}
         items = [Param(k, str(v)[:VALUE]) for k, v in params.items()]
         for first in range(0, len(items), PARAMS):
-            client.log_batch(run_id, params=items[first : first + PARAMS])
+            client.log_batch(run_id, params=items[first : first + PARAMS], synchronous=True)
         client.log_text(run_id, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), "recipe.yaml")
     except ERRORS as error:
         raise unreachable(uri, error) from error
@@ -171,10 +173,10 @@ def start_search(
         every |= {f"version.{k}": v for k, v in versions().items()} | git_state()
         if same:
             client.update_run(same[0], status="RUNNING")
-            client.log_batch(same[0], tags=[RunTag(k, v) for k, v in every.items()])
+            client.log_batch(same[0], tags=[RunTag(k, v) for k, v in every.items()], synchronous=True)
             return str(same[0])
         run_id = client.create_run(experiment_id, tags=every | {"mlflow.runName": name}).info.run_id
-        client.log_batch(run_id, params=[Param(k, str(v)[:VALUE]) for k, v in params.items()])
+        client.log_batch(run_id, params=[Param(k, str(v)[:VALUE]) for k, v in params.items()], synchronous=True)
     except ERRORS as error:
         raise unreachable(recipe.mlflow.tracking_uri, error) from error
     return str(run_id)
@@ -198,7 +200,7 @@ def finish_comparison(recipe: Recipe, run_id: str, result: Mapping[str, Any], fi
                         values[f"{contestant['name']}/{key}{suffix}{end}"] = float(value)
     metrics = [Metric(key, value, now, 0) for key, value in values.items()]
     for first in range(0, len(metrics), BATCH):
-        client.log_batch(run_id, metrics=metrics[first : first + BATCH])
+        client.log_batch(run_id, metrics=metrics[first : first + BATCH], synchronous=True)
     for file in files:
         client.log_artifact(run_id, str(file))
     client.set_terminated(run_id, "FINISHED")
@@ -242,7 +244,7 @@ def log_trial(
         every["hyperlora.reason"] = str(record["reason"])[:VALUE]
     run_id = client.create_run(experiment, tags=every).info.run_id
     params = {**values, "seed": recipe.seed, "method": recipe.method}
-    client.log_batch(run_id, params=[Param(k, str(v)[:VALUE]) for k, v in params.items()])
+    client.log_batch(run_id, params=[Param(k, str(v)[:VALUE]) for k, v in params.items()], synchronous=True)
     outcome = record["outcome"]
     reports = record["reports"] if outcome is None else outcome["evaluations"]
     metrics = [Metric(k, float(v), now, int(r["step"])) for r in reports for k, v in r.items() if k != "step"]
@@ -253,7 +255,7 @@ def log_trial(
         client.log_dict(run_id, {m["name"]: m["rank"] for m in outcome["modules"]}, "ranks.json")
         _log_folder(client, run_id, outcome["adapter"], "adapter")
     for first in range(0, len(metrics), BATCH):
-        client.log_batch(run_id, metrics=metrics[first : first + BATCH])
+        client.log_batch(run_id, metrics=metrics[first : first + BATCH], synchronous=True)
     client.set_terminated(run_id, "FAILED" if record["status"] == "failed" else "FINISHED")
 
 
@@ -270,7 +272,8 @@ def finish_search(
 ) -> None:
     """Log a search's own figures and files, and mark it."""
     client, now = MlflowClient(recipe.mlflow.tracking_uri), int(time.time() * 1000)
-    client.log_batch(run_id, metrics=[Metric(key, float(value), now, 0) for key, value in metrics.items()])
+    figures = [Metric(key, float(value), now, 0) for key, value in metrics.items()]
+    client.log_batch(run_id, metrics=figures, synchronous=True)
     for file in files:
         client.log_artifact(run_id, str(file))
     client.set_terminated(run_id, status)
@@ -300,7 +303,7 @@ def probe(config: MLflowConfig) -> None:
     answers(config.tracking_uri, new=True)
     client = MlflowClient(config.tracking_uri)
     run_id = client.create_run(experiment(client, config), tags={"mlflow.runName": "doctor"}).info.run_id
-    client.log_metric(run_id, "probe", 1.0)
+    client.log_metric(run_id, "probe", 1.0, synchronous=True)
     client.log_text(run_id, "probe", "probe.txt")
     client.delete_run(run_id)
 
@@ -323,7 +326,9 @@ def answers(uri: str, new: bool = False) -> None:
     except urllib.error.HTTPError:
         return  # it answered
     except (sqlite3.Error, OSError, ValueError) as error:
-        raise unreachable(uri, error) from error
+        # Whom to trust, and with which certificate, MLflow has settings of its own for.
+        if not isinstance(error.reason if isinstance(error, urllib.error.URLError) else error, ssl.SSLError):
+            raise unreachable(uri, error) from error
 
 
 def _artifact_location(uri: str) -> str | None:
@@ -352,7 +357,21 @@ def finish(recipe: Recipe, run_id: str, outcome: Mapping[str, Any]) -> None:
     """Log summary figures and pictures of a finished run and mark it so; the run is finished without it, too."""
     uri = recipe.mlflow.tracking_uri
     if not _tell(run_id, lambda: _finish(MlflowClient(uri), run_id, outcome)):
-        _remember(Missed(run_id, uri, outcome["adapter"].rsplit("/", 1)[0], "FINISHED"))
+        finished(recipe, run_id, outcome["adapter"].rsplit("/", 1)[0])
+
+
+def finished(recipe: Recipe, run_id: str, run_uri: str) -> None:
+    """Have :func:`deliver` tell that a run is finished, and its outcome."""
+    _remember(Missed(run_id, recipe.mlflow.tracking_uri, run_uri, "FINISHED"))
+
+
+def left_open(recipe: Recipe, run_id: str) -> bool:
+    """Whether MLflow has a run and does not know that it is finished; False where nobody answers."""
+    try:
+        run = MlflowClient(recipe.mlflow.tracking_uri).get_run(run_id)
+    except ERRORS:
+        return False
+    return bool(run.info.lifecycle_stage == "active" and run.info.status != "FINISHED")
 
 
 def _tell(run_id: str, action: Callable[[], Any]) -> bool:
@@ -377,8 +396,8 @@ def _finish(client: MlflowClient, run_id: str, outcome: Mapping[str, Any]) -> No
         f"summary/{k}": float(v) for k, v in outcome.items() if isinstance(v, int | float) and not isinstance(v, bool)
     }
     there = client.get_run(run_id).data.metrics  # of an attempt that did not come to its end
-    client.log_batch(run_id, metrics=[Metric(k, v, now, step) for k, v in known.items() if there.get(k) != v])
-    client.log_batch(run_id, tags=[RunTag("hyperlora.adapter", outcome["adapter"])])
+    metrics = [Metric(k, v, now, step) for k, v in known.items() if there.get(k) != v]
+    client.log_batch(run_id, metrics, tags=[RunTag("hyperlora.adapter", outcome["adapter"])], synchronous=True)
     client.log_figure(run_id, rank_heat_map(outcome), "rank_heat_map.png")
     client.log_figure(run_id, loss_curve(outcome), "loss_curve.png")
     client.log_dict(run_id, {k: v for k, v in outcome.items() if k not in ("losses", "step_seconds")}, "result.json")
@@ -508,10 +527,17 @@ class MLflowSink:
         tracking_uri: server or database.
         run_id: of a run that exists.
         interval: seconds between deliveries.
+        warn: is told, beside the log, as a sink of a warning, what closing left on this machine.
     """
 
-    def __init__(self, tracking_uri: str, run_id: str, interval: float = 2.0) -> None:
-        self._uri, self._run_id = tracking_uri, run_id
+    def __init__(
+        self,
+        tracking_uri: str,
+        run_id: str,
+        interval: float = 2.0,
+        warn: Callable[[str, int, str], None] = lambda monitor, step, message: None,
+    ) -> None:
+        self._uri, self._run_id, self._warn = tracking_uri, run_id, warn
         self._client: MlflowClient | None = None
         self._interval = interval
         self._spool = Spool(_waiting(run_id), about={"tracking_uri": tracking_uri})
@@ -567,7 +593,12 @@ class MLflowSink:
                 return
         self._spool.close()
         _remember(Missed(self._run_id, self._uri))
-        logger.warning("%d records of MLflow run %s wait in %s", len(self._spool), self._run_id, self._spool.path)
+        message = (
+            f"{len(self._spool)} records of MLflow run {self._run_id} wait on {platform.node()} in {self._spool.path}; "
+            f"run `hyperlora deliver` there, once it reaches {uris.redacted(self._uri)}"
+        )
+        logger.warning("%s", message)
+        self._warn("mlflow", self._queued["step"], message)
 
     def _run(self) -> None:
         while not self._closed:
@@ -620,4 +651,5 @@ class MLflowSink:
         new = [r for r in records if r["kind"] != "tag" and r["step"] not in self._sent[r["kind"]]]
         metrics = [Metric(key, value, r["time"], r["step"]) for r in new for key, value in r["metrics"].items()]
         for first in range(0, max(1, len(metrics)), BATCH - len(tags)):
-            client.log_batch(self._run_id, metrics=metrics[first : first + BATCH - len(tags)], tags=tags)
+            some = metrics[first : first + BATCH - len(tags)]
+            client.log_batch(self._run_id, metrics=some, tags=tags, synchronous=True)

@@ -21,7 +21,7 @@ def main(args: Namespace, console: Console) -> int:
     with console.status("delivering"):
         for run, error in deliver(waiting):
             rows.append({"run_id": run.run_id, "tracking_uri": run.tracking_uri, "error": error})
-            said = "delivered" if error is None else f"still waits: {error}"
+            said = "delivered what this machine kept" if error is None else f"still waits: {error}"
             style = "green" if error is None else "yellow"
             console.print(Text(f"MLflow run {run.run_id} in {run.tracking_uri}: {said}", style), soft_wrap=True)
     others = tracking.undelivered()

@@ -116,22 +116,22 @@ def find(uri: str, console: Console) -> Source:
     if refused:
         said = f"refused: {reasons}; taking step {checkpoint.step_of(saved.uri)}"
         console.print(Text(said, "yellow"), soft_wrap=True)
-    return _of_checkpoint(saved)
+    return _of_checkpoint(saved, outcome)
 
 
 def _name(uri: str) -> str:
     return uri.rsplit("/", 1)[-1]
 
 
-def _of_checkpoint(saved: checkpoint.Checkpoint) -> Source:
-    """A checkpoint whose bytes are what its writer wrote.
+def _of_checkpoint(saved: checkpoint.Checkpoint, outcome: Mapping[str, Any] | None = None) -> Source:
+    """A checkpoint whose bytes are what its writer wrote; with the outcome of the run that it ends.
 
     Raises:
         RecipeError: its writer was another program or version.
     """
     try:
         adapter, trainer = export.from_checkpoint(saved), saved.trainer
-        recipe, facts = parse(trainer["recipe"]), export.card_facts(trainer)
+        recipe, facts = parse(trainer["recipe"]), export.card_facts(trainer, outcome)
         step, run_id = trainer["step"], trainer["run"]["mlflow_run_id"]
     except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}"

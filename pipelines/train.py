@@ -7,15 +7,16 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from hyperlora import runs, tracking
-from hyperlora.config import Recipe, RecipeError
+from hyperlora import runs, storage, tracking
+from hyperlora.config import METHODS, Recipe, RecipeError
+from hyperlora.ownership import Lease, OwnedElsewhereError, ReplacedError
 from hyperlora.preflight import Estimate, inspect
 from hyperlora.stopping import Notice, StoppedError
 from hyperlora.training import RunInfo, Tee, train
@@ -59,7 +60,7 @@ def main(args: Namespace, console: Console) -> int:
                 told = f"training on CPUs: ray.gpus_per_worker is 0 (GPUs that stay idle: {gpus:g})"
                 console.print(Text(told, "yellow"), soft_wrap=True)
         with console.status("claiming the run's folder"):
-            claimed, lease = runs.claim(recipe, args.resume)
+            claimed, lease = _claim(recipe, args.resume, console)
         stack.enter_context(lease)
         return _train(named, recipe, claimed, estimate, args, console, started)
 
@@ -89,11 +90,11 @@ def _train(
     except BaseException as error:
         sink.close()
         if info.mlflow_run_id is not None:
-            tracking.fail(
-                recipe,
-                info.mlflow_run_id,
-                "KILLED" if isinstance(error, KeyboardInterrupt | StoppedError) else "FAILED",
-            )
+            if _is_finished(info.uri) and not isinstance(error, ReplacedError):
+                _leave_to_deliver(recipe, info.mlflow_run_id, info.uri, console)
+            else:
+                status = "KILLED" if isinstance(error, KeyboardInterrupt | StoppedError) else "FAILED"
+                tracking.fail(recipe, info.mlflow_run_id, status)
         raise
     sink.close()
     wall = time.monotonic() - started
@@ -102,6 +103,36 @@ def _train(
         console.print(Text("\nMLflow was away; hyperlora deliver sends what it missed, once it is back", "yellow"))
     write_json(args.json, runs.summary(outcome, wall))
     return 0
+
+
+def _claim(recipe: Recipe, resume: bool, console: Console) -> tuple[RunInfo, Lease]:
+    """The run's folder; of one that a kill ended between its last write and MLflow, MLflow gets to know that later."""
+    try:
+        return runs.claim(recipe, resume)
+    except RecipeError as error:
+        (problem, *_) = error.problems
+        if recipe.mlflow.enabled and problem.field == "--resume" and _is_finished(str(problem.value)):
+            uri = str(problem.value)
+            run_id = (runs.begun(uri) or {}).get("mlflow_run_id")
+            if run_id is not None and tracking.left_open(recipe, run_id):
+                with suppress(OwnedElsewhereError), Lease(uri):  # whoever has it is telling MLflow now
+                    _leave_to_deliver(recipe, run_id, uri, console)
+        raise
+
+
+def _is_finished(uri: str) -> bool:
+    """Asked once: the store may be what the run has failed on. Who reads the outcome finds out if it is damaged."""
+    try:
+        storage.read(f"{uri}/{runs.RESULT}")
+    except OSError:
+        return False
+    return True
+
+
+def _leave_to_deliver(recipe: Recipe, run_id: str, uri: str, console: Console) -> None:
+    tracking.finished(recipe, run_id, uri)
+    said = f"the run in {screens.local(uri)} is finished; hyperlora deliver sends what MLflow does not know of it yet"
+    console.print(Text(said, "yellow"), soft_wrap=True)
 
 
 def _open_run(recipe: Recipe, info: RunInfo, estimate: Estimate, resume: bool) -> RunInfo:
@@ -141,7 +172,10 @@ def _run(recipe: Recipe, info: RunInfo, sink: ProgressSink, verbose: bool) -> No
 
 
 def _next(recipe: Recipe, info: RunInfo, args: Namespace) -> list[str]:
-    commands = [f"hyperlora export {shlex.quote(screens.local(info.uri))} my-adapter --uniform-rank"]
+    # vLLM serves nothing but LoRA's matrices.
+    more = METHODS[recipe.method].dora or recipe.task.kind == "classification" or recipe.adapter.modules_to_save
+    padded = "" if more else " --uniform-rank"
+    commands = [f"hyperlora export {shlex.quote(screens.local(info.uri))} my-adapter{padded}"]
     if recipe.mlflow.enabled:
         store = shlex.quote(recipe.mlflow.tracking_uri)
         local = recipe.mlflow.tracking_uri.startswith("sqlite:")

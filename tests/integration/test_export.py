@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import re
+import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cards import run_card
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hyperlora.adapters import build_base, load_tokenizer
 from hyperlora.config import Recipe, parse, read_yaml
 from hyperlora.training import RunInfo, Silent, Trainer, World
 from pipelines.cli import main
 
+ENTAILMENT = {
+    "task__kind": "classification",
+    "data__source": "entailment",
+    "data__text": "sentence1",
+    "data__text_pair": "sentence2",
+    "adapter__modules_to_save": ["score"],
+}
 IDS = torch.tensor([[5, 9, 33, 7, 120, 4], [8, 8, 60, 2, 99, 31]])
 
 
@@ -73,16 +82,41 @@ def test_modules_of_rank_zero_are_dropped(recipe_file: Path) -> None:
     check(trainer, *plain(recipe, folder))
 
 
-def test_classifier_comes_with_its_head(recipe_file: Path) -> None:
-    recipe, trainer = trained(
-        recipe_file,
-        task__kind="classification",
-        data__source="entailment",
-        data__text="sentence1",
-        data__text_pair="sentence2",
-        adapter__modules_to_save=["score"],
-    )
+def test_classifier_comes_with_its_head(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    recipe, trainer = trained(recipe_file, **ENTAILMENT)
     check(trainer, *plain(recipe, recipe_file.parent / "run" / "adapter", num_labels=2))
+    run = str(recipe_file.parent / "run")
+    assert main(["export", run, str(tmp_path / "served"), "--uniform-rank"]) == 2
+    message = " ".join(capfd.readouterr().err.split())
+    assert "vLLM does not serve classifier, score; exported without --uniform-rank it loads in PEFT" in message
+    assert not (tmp_path / "served").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "padded"),
+    [
+        ({}, True),
+        ({"method": "hyperdora"}, False),
+        (ENTAILMENT, False),
+        ({"adapter__modules_to_save": ["norm"]}, False),
+    ],
+    ids=["plain", "dora", "classifier", "modules"],
+)
+def test_the_export_that_a_run_ends_with_works(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+    changes: dict[str, Any],
+    padded: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+    assert main(["train", str(recipe_file), *overrides]) == 0
+    (command,) = [x.strip() for x in capfd.readouterr().out.splitlines() if x.strip().startswith("hyperlora export")]
+    assert ("--uniform-rank" in command) is padded
+    assert main(shlex.split(command)[1:]) == 0
+    assert (tmp_path / "my-adapter/adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("source", ["run", "checkpoint"])
@@ -156,32 +190,30 @@ def test_uniform_rank_of_a_trial_without_checkpoints(recipe_file: Path, tmp_path
     check(trainer, *plain(recipe, folder))
 
 
-def run_card(folder: Path) -> dict:
-    """Run the Python of a model card from its own folder, as its reader would."""
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    found: dict = {}
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        exec(code, found)
-    finally:
-        os.chdir(before)
-    return found
-
-
 def test_the_code_of_the_model_card_loads_the_adapter(recipe_file: Path, tmp_path: Path) -> None:
-    _, trainer = trained(
-        recipe_file,
-        model={"path": "builtin:storylm"},
-        task__kind="classification",
-        data__source="entailment",
-        data__text="sentence1",
-        data__text_pair="sentence2",
-        adapter__modules_to_save=["score"],
-    )
+    _, trainer = trained(recipe_file, model={"path": "builtin:storylm"}, **ENTAILMENT)
     assert main(["export", str(recipe_file.parent / "run"), str(tmp_path / "mine")]) == 0
     for folder in (recipe_file.parent / "run/adapter", tmp_path / "mine"):
         model = run_card(folder)["model"].eval()
         with torch.no_grad():
             torch.testing.assert_close(model(IDS).logits, trainer.model(IDS).logits, rtol=0, atol=1e-5)
         assert "0 entailment, 1 not_entailment" in (folder / "README.md").read_text()
+
+
+def test_the_code_of_the_model_card_loads_the_base_model_as_it_was_trained(recipe_file: Path, tmp_path: Path) -> None:
+    """Whose config has no padding token, and which the recipe changes; one setting is none of the model's."""
+    content = read_yaml(recipe_file)
+    base = LlamaForCausalLM(LlamaConfig(**content["model"]["architecture"]))
+    assert base.config.pad_token_id is None
+    base.save_pretrained(tmp_path / "base")
+    changes = {"rms_norm_eps": 0.5, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}, "comment": None}
+    model = {"path": str(tmp_path / "base"), "tokenizer": "builtin:storylm", "config": changes}
+    _, trainer = trained(recipe_file, model=model, **ENTAILMENT)
+    assert main(["export", str(recipe_file.parent / "run"), str(tmp_path / "mine")]) == 0
+    rows = [{"input_ids": ids, "labels": 0} for ids in ([5, 9, 33, 7, 120, 4], [8, 8, 60])]
+    batch = trainer.task.collate(rows, torch.device("cpu"))
+    batch.pop("labels")
+    for folder in (recipe_file.parent / "run/adapter", tmp_path / "mine"):
+        loaded = run_card(folder)["model"].eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**batch).logits, trainer.model(**batch).logits, rtol=0, atol=1e-5)

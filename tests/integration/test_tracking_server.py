@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +17,8 @@ from mlflow import MlflowClient
 from tracking_server import Server
 
 from hyperlora import spool, tracking
-from hyperlora.config import MLflowConfig
+from hyperlora.config import MLflowConfig, Recipe
+from hyperlora.ownership import Lease
 from hyperlora.tracking import MLflowSink
 from pipelines.cli import main
 
@@ -256,3 +260,74 @@ def test_an_experiment_that_another_run_makes_meanwhile(tmp_path: Path, monkeypa
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
     assert tracking.experiment(client, config) == made
     assert looked == ["new", "new"]
+
+
+def interrupt(*arguments: object) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(("where", "killed"), [("close", False), ("log_figure", False), ("log_figure", True)])
+def test_a_run_that_is_interrupted_after_its_end_is_a_finished_one(
+    recipe_file: Path,
+    tmp_path: Path,
+    where: str,
+    killed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    words = ["train", str(recipe_file), "mlflow.enabled=true"]
+    with monkeypatch.context() as patch:
+        patch.setattr(MLflowSink if where == "close" else MlflowClient, where, interrupt)
+        assert main(words) == 128 + signal.SIGINT
+    (folder,) = (tmp_path / "runs").iterdir()
+    told = f"the run in {folder} is finished; hyperlora deliver sends what MLflow does not know of it yet"
+    assert told in " ".join(capfd.readouterr().out.split())
+    run_id = json.loads((folder / "run.json").read_text())["mlflow_run_id"]
+    if killed:
+        kept = spool.folder() / f"mlflow-{run_id}.json"
+        kept.unlink()  # SIGKILL leaves none
+        with Lease(str(folder)):
+            assert main([*words, "--resume"]) == 2
+        assert not kept.exists(), "the process that has the run is at work on it"
+        capfd.readouterr()
+        assert main([*words, "--resume"]) == 2
+        shown = capfd.readouterr()
+        assert told in " ".join(shown.out.split())
+        assert "this run is finished" in " ".join(shown.err.split())
+    assert main(["deliver"]) == 0
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run, result = client.get_run(run_id), json.loads((folder / "result.json").read_text())
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["summary/loss_last"] == result["loss_last"]
+    assert [m.value for m in client.get_metric_history(run_id, "loss")] == result["losses"]
+    assert {"loss_curve.png", "rank_heat_map.png", "result.json"} <= {a.path for a in client.list_artifacts(run_id)}
+    capfd.readouterr()
+    assert main([*words, "--resume"]) == 2
+    assert "hyperlora deliver" not in capfd.readouterr().out
+    assert not list(spool.folder().glob("mlflow-*"))
+
+
+def test_the_driver_tells_what_a_worker_could_not_deliver(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    client, start = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}"), tracking.start
+
+    def gone(recipe: Recipe, *arguments: object) -> str:
+        run_id = start(recipe, *arguments)  # type: ignore[arg-type]
+        client.delete_run(run_id)
+        return run_id
+
+    monkeypatch.setattr(tracking, "start", gone)
+    summary = tmp_path / "summary.json"
+    assert main(["train", str(recipe_file), "mlflow.enabled=true", "ray.backend=ray", "--json", str(summary)]) == 0
+    run_id = json.loads(summary.read_text())["mlflow_run_id"]
+    told = " ".join(capsys.readouterr().out.split())
+    kept = f"records of MLflow run {run_id} wait on {platform.node()} in {spool.folder()}/mlflow-{run_id}.jsonl"
+    assert f"warning (mlflow): 22 {kept}; run `hyperlora deliver` there, once it reaches sqlite:" in told
+    client.restore_run(run_id)
+    assert main(["deliver"]) == 0
+    assert "delivered what this machine kept" in " ".join(capsys.readouterr().out.split())
+    assert [m.step for m in client.get_metric_history(run_id, "loss")] == list(range(1, 21))

@@ -12,13 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from cards import run_card
 from models import build_batch, build_llama, build_optimizer, train_steps
 from peft import PeftModel
 from safetensors.torch import load_file
+from test_pinned_code import READ, hub  # noqa: F401
+from test_pinned_code import recipe as of_hub
 from torch import Tensor
 
 from hyperlora import checkpoint, export, storage
-from hyperlora.config import Recipe
+from hyperlora.adapters import attach, build_base, load_tokenizer
+from hyperlora.config import METHODS, Recipe
 from pipelines.cli import main
 from pipelines.common import load_recipe
 
@@ -46,11 +50,13 @@ def run(tmp_path: Path, adapter: export.PlainAdapter, recipe: Recipe) -> Path:
     """The folder of a finished run, with two checkpoints."""
     folder = tmp_path / "run"
     for step in (5, 10):
-        trainer = {"step": step, "labels": [], "metric": "exact_match", "evaluations": []}
+        evaluations = [{"step": 0, "exact_match": 0.0}, {"step": 5, "exact_match": 0.125}]
+        trainer = {"step": step, "labels": [], "metric": "exact_match", "evaluations": evaluations}
         trainer |= {"run": {"mlflow_run_id": "1234"}, "recipe": recipe.model_dump(mode="json")}
         trainer["optimizer"] = {"modules": list(adapter.pairs)}
         last = checkpoint.save(str(folder), step, {}, trainer, export.adapter_files(adapter))
     outcome: dict[str, Any] = {"checkpoint": last, "steps": 10, "labels": [], "mlflow_run_id": "1234"}
+    outcome |= {"metric": "exact_match", "metric_before": 0.0, "metric_after": 0.25}
     outcome["adapter_files"] = export.write_adapter(f"{folder}/adapter", adapter, recipe, outcome)
     (folder / "result.json").write_bytes(storage.sealed(outcome))
     return folder
@@ -247,3 +253,61 @@ def test_tensors_that_are_no_adapter(
     tensors = {f"{export.PREFIX}{name}": torch.ones(4, 4) for name in names}
     (folder / "adapter_model.safetensors").write_bytes(checkpoint.pack(tensors) if names else b"PK\3\4")
     assert expected in refused(folder, capfd)
+
+
+@pytest.mark.parametrize(
+    ("config", "others", "expected"),
+    [
+        ({"use_dora": True}, ("x.lora_magnitude_vector",), "DoRA's magnitudes"),
+        ({"modules_to_save": ["classifier", "score"]}, (), "classifier, score"),
+        ({}, ("score.weight",), "score.weight"),
+    ],
+)
+def test_what_vllm_does_not_serve_is_not_padded(
+    adapter: export.PlainAdapter, config: dict[str, Any], others: tuple[str, ...], expected: str
+) -> None:
+    more = replace(adapter, config=adapter.config | config, others=dict.fromkeys(others, torch.ones(2)))
+    with pytest.raises(ValueError, match=f"vLLM does not serve {expected}; exported without --uniform-rank it loads"):
+        more.padded()
+
+
+def test_the_metric_on_a_card_is_that_of_the_adapter(run: Path, tmp_path: Path) -> None:
+    def row(source: Path, target: str) -> str:
+        exported(source, tmp_path / target)
+        (line,) = [x for x in (tmp_path / target / "README.md").read_text().splitlines() if "held-out" in x]
+        return line
+
+    # The end of a run may be saved before it is evaluated: its result knows better.
+    assert row(run, "finished") == "| held-out exact_match | 0.2500 (base model 0.0000) |"
+    assert row(run / "checkpoints/step-00000005", "older") == "| held-out exact_match | 0.1250 (base model 0.0000) |"
+    earlier = "| held-out exact_match at step 5 | 0.1250 (base model 0.0000) |"
+    assert row(run / "checkpoints/step-00000010", "newest") == earlier
+    (run / "result.json").unlink()
+    assert row(run, "unfinished") == earlier
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_card_tells_of_singular_values_where_there_were_any(
+    adapter: export.PlainAdapter, recipe: Recipe, method: str
+) -> None:
+    outcome = {"steps": 5, "labels": []}
+    card = export.model_card(adapter, recipe.model_copy(update={"method": method}), outcome)
+    assert f"trained by hyperlora with method `{method}`" in card
+    assert ("Singular values" in card) is (method in ("adalora", "hyperadalora", "peft-adalora"))
+    assert ("hyperadalora" in card) is (method == "hyperadalora")
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_card_runs_the_code_of_the_commit_that_was_trained(tmp_path: Path) -> None:
+    given = of_hub(config={"rms_norm_eps": 0.5}, dtype="float64")
+    model = attach(build_base(given, load_tokenizer(given.model), None), given, None, 10).double()
+    optimizer = build_optimizer(model)
+    train_steps(model, optimizer, 2)
+    export.write_adapter(
+        str(tmp_path / "mine"), export.plain_adapter(model, optimizer), given, {"steps": 2, "labels": []}
+    )
+    found = run_card(tmp_path / "mine")
+    assert type(found["base"]).commit == type(found["base"].config).commit == READ
+    with torch.no_grad():
+        wanted, got = (m.eval()(input_ids=build_batch()).logits.float() for m in (model, found["model"]))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)

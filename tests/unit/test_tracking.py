@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import ssl
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from hyperlora import spool, tracking
-from hyperlora.config import Recipe
+from hyperlora.config import Recipe, RecipeError
 from hyperlora.ownership import ReplacedError
 from hyperlora.tracking import Missed, MLflowSink
 from pipelines.cli import main
@@ -181,6 +190,134 @@ def test_a_lower_bound_has_no_upper_end(uri: str, client: MlflowClient, run_id: 
         | {f"lora/steps_to_final_ratio_against_baseline{end}": value for end, value in final.items()}
         | {f"lora/steps_to_90_ratio_against_baseline{end}": value for end, value in (ends | {"_reached": 5}).items()}
     )
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment has MLflow send what it is given half a minute later."""
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "30")
+
+
+@pytest.mark.usefixtures("later")
+def test_what_the_environment_has_mlflow_send_later_is_sent_at_once(
+    uri: str, client: MlflowClient, run_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = recipe(uri)
+    assert client.get_run(tracking.start(mine, "runs/x", "x", {"fact": 1})).data.params["resolved.fact"] == "1"
+    search = tracking.start_search(mine, "searches/x", "x", {"seeds": 2}, "study")
+    assert client.get_run(search).data.params == {"seeds": "2"}
+    assert tracking.start_search(mine, "searches/x", "x", {"seeds": 3}, "study") == search
+    assert client.get_run(search).data.tags["hyperlora.seeds"] == "3"
+    # The end of a run waits for what is on its way, and does not tell that it was refused.
+    bad, summary = "no: such; name", {"x": {"mean": 1.0}}
+    comparison = {"contestants": [{"name": bad, "summary": summary, "against_baseline": {}}]}
+    record = {"status": "stopped", "reason": "", "uri": "trials/1", "outcome": None, "reports": []}
+    refused: list[Callable[[], None]] = [
+        lambda: tracking.finish_search(mine, search, {bad: 0.5}, ()),
+        lambda: tracking.finish_comparison(mine, search, comparison, ()),
+        lambda: tracking.log_trial(mine, search, "one", {bad: 1}, record, {}),
+        lambda: tracking.log_trial(mine, search, "two", {}, record | {"reports": [{"step": 4, bad: 2.0}]}, {}),
+    ]
+    for action in refused:
+        with pytest.raises(MlflowException, match=bad):
+            action()
+    tracking.finish(mine, run_id, {"steps": 4, bad: 2.0, "adapter": "runs/x/adapter"})
+    assert bad in caplog.text
+    assert tracking.missed() == [Missed(run_id, uri, "runs/x", "FINISHED")]
+    tracking._record(run_id).unlink()
+
+
+@pytest.mark.usefixtures("later")
+def test_metrics_that_the_environment_has_mlflow_send_later_wait_until_they_have_arrived(
+    uri: str, client: MlflowClient, run_id: str
+) -> None:
+    sink = MLflowSink(uri, run_id, interval=60)
+    report(sink, 1, 2)
+    sink.flush()()
+    assert losses(client, run_id) == [(1, 1.0), (2, 0.5)]
+    client.delete_run(run_id)
+    report(sink, 3, 4)
+    sink.close()
+    (run,) = tracking.missed()
+    client.restore_run(run_id)
+    tracking.deliver(run, None)
+    assert losses(client, run_id) == [(n, 1 / n) for n in range(1, 5)]
+
+
+def certificate(folder: Path) -> Path:
+    """Of this machine, signed by itself, with its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path = folder / "certificate.pem"
+    path.write_bytes(private + made.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Knows every experiment."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        content = json.dumps({"experiment": {"experiment_id": "7", "name": "x"}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS")
+@pytest.mark.parametrize("setting", ["SERVER_CERT_PATH", "INSECURE_TLS", "CLIENT_CERT_PATH", None])
+def test_a_server_whose_certificate_only_mlflow_trusts_is_one_that_answers(
+    setting: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    if setting == "CLIENT_CERT_PATH":
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(path)
+        monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(path))
+    if setting is not None:
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{setting}", "true" if setting == "INSECURE_TLS" else str(path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.handle_error = lambda *arguments: None  # type: ignore[method-assign]  # of those who hang up
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        address = f"https://localhost:{server.server_address[1]}"
+        try:
+            tracking.answers(address)
+            if setting is None:
+                with pytest.raises(RecipeError, match="certificate verify failed"):
+                    tracking.check(recipe(address))
+            else:
+                tracking.check(recipe(address))
+        finally:
+            server.shutdown()
+            thread.join()
+    with pytest.raises(RecipeError, match="refused"):
+        tracking.answers(address)
 
 
 def test_data_and_runs_beside_the_code_are_no_change_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
