@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 from weakref import WeakSet
@@ -36,6 +37,7 @@ from hyperlora.update_rules import (
     UpdateRule,
     build_networks,
     copy_state,
+    products,
 )
 
 Initialization = Literal["orthonormal", "gaussian"]
@@ -219,7 +221,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
                 seed=seed,
             )
             live = self._live_tokens()
-            self.source = GeneratedFactors(initial, networks, rule, self._adam_settings, live, direction)
+            with self._exactly():
+                self.source = GeneratedFactors(initial, networks, rule, self._adam_settings, live, direction)
         else:
             self.source = DirectFactors(initial, self._adam_settings, direction)
 
@@ -404,10 +407,15 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # What is computed here needs the precision of the factors, wherever the caller's loop calls it.
-        with torch.no_grad(), torch.autocast(self.mask.device.type, enabled=False):
+        with torch.no_grad(), self._exactly():
             self._step(metrics)
         return loss
+
+    @contextmanager
+    def _exactly(self) -> Iterator[None]:
+        """What is computed in here has the precision of the factors, wherever the caller's loop calls it."""
+        with torch.autocast(self.mask.device.type, enabled=False), products("ieee"):
+            yield
 
     def _step(self, metrics: Tensor | None) -> None:
         if self._changed():
@@ -654,12 +662,14 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             raise ValueError(f"the hypernetworks have no {', '.join(unknown)}; they have {', '.join(ours)}")
         self._freeze(frozen)
         copy_state({name: ours[name] for name in values}, values)
-        self.source.restored(self._live_tokens())
+        with self._exactly():
+            self.source.restored(self._live_tokens())
         self._write()
 
     def _freeze(self, names: Collection[str]) -> None:
         assert isinstance(self.source, GeneratedFactors)
-        self.source.freeze(names, self._live_tokens())
+        with self._exactly():
+            self.source.freeze(names, self._live_tokens())
         networks = self.source.networks
         for group, parameters in zip(
             self.param_groups[1:3], (networks.trunk_parameters(), networks.output_parameters()), strict=True
@@ -748,6 +758,6 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: v for k, v in saved.items() if k != "params"})
         if not own:
-            with torch.autocast(self.mask.device.type, enabled=False):
+            with self._exactly():
                 self.source.restored(self._live_tokens())
             self._write()

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -138,6 +138,7 @@ class ParameterAdam(Adam):
     def __init__(self, parameters: Sequence[Tensor], settings: AdamSettings, dtype: torch.dtype) -> None:
         self._parameters, self._dtype = parameters, dtype
         self._own = [p.detach() for p in parameters]
+        self._versions = [p._version for p in parameters]
         super().__init__([self._value(own) for own in self._own], settings)
 
     def _value(self, own: Tensor) -> Tensor:
@@ -145,11 +146,17 @@ class ParameterAdam(Adam):
         return own.to(self._dtype).contiguous()
 
     def _follow(self) -> None:
-        """Take over the data of parameters whose data was replaced."""
+        """Take over what others wrote into parameters, or put in the place of their data."""
         for n, (parameter, own) in enumerate(zip(self._parameters, self._own, strict=True)):
             if parameter.data_ptr() != own.data_ptr():
                 self._own[n] = parameter.detach()
                 self._tensors[n] = self._value(self._own[n])
+            elif parameter._version != self._versions[n]:
+                value = self._tensors[n]
+                if value is not own:
+                    # What is the rounded value still, as after a model was loaded with its optimizer, keeps its bits.
+                    value.copy_(torch.where(value.to(own.dtype) == own, value, own.to(self._dtype)))
+            self._versions[n] = parameter._version
 
     def _rounded(self) -> tuple[list[Tensor], list[Tensor]]:
         """Data of the model that is no value itself, and the values."""
@@ -162,6 +169,7 @@ class ParameterAdam(Adam):
         rounded, values = self._rounded()
         if rounded:
             torch._foreach_copy_(rounded, values)
+        self._versions = [p._version for p in self._parameters]
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """Moments, step counts, and what the model has rounded."""
@@ -269,18 +277,24 @@ class DirectFactors:
 
 
 @contextmanager
-def reduced_products() -> Iterator[None]:
-    """Products of float32 matrices on a GPU in TF32, ten bits of mantissa: a hypernetwork's cost is its products.
+def products(precision: str) -> Iterator[None]:
+    """Products of float32 matrices in this precision within the block, whatever the program around it allows.
 
-    Only what the hypernetworks compute: all else, and every CPU, keeps the precision that it has.
+    Args:
+        precision: ``ieee``, as the factors need it: of rounded Gram matrices the polar factor's iteration diverges. Or
+            ``tf32`` on a GPU, ten bits of mantissa, for what the hypernetworks compute: their cost is their products.
     """
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
+    backends: list[Any] = [torch.backends.cuda.matmul]
+    if precision == "ieee":  # what a program allows on a CPU is bfloat16
+        backends.append(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = precision
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        for backend, own in zip(backends, before, strict=True):
+            backend.fp32_precision = own
 
 
 class GeneratedFactors:
@@ -343,7 +357,7 @@ class GeneratedFactors:
     def _generate(self, live: list[Tensor]) -> None:
         """Run H on the current input and keep its graph."""
         outputs, inputs = len(self._input.p), self._input
-        with torch.enable_grad(), reduced_products():
+        with torch.enable_grad(), products("tf32"):
             generated = self.networks.p([t.transpose(1, 2) for t in inputs.p], live[:outputs])
             self._generated = [t.transpose(1, 2) for t in generated]
             if inputs.lam is not None:
@@ -379,7 +393,7 @@ class GeneratedFactors:
         pairs = [(out, g) for out, g in zip(self._generated, weighted, strict=True) if out.requires_grad]
         if not pairs:
             return []
-        with reduced_products():
+        with products("tf32"):
             return list(torch.autograd.grad([out for out, _ in pairs], self.phi, [g for _, g in pairs]))
 
     def advance(

@@ -100,6 +100,19 @@ def test_a_ray_worker_with_a_gpu_computes_what_one_process_computes(tmp_path: Pa
     assert under_ray["ranks"] == by_itself["ranks"]
 
 
+def test_a_program_that_allows_tf32_trains_as_well(tmp_path: Path) -> None:
+    """The optimizer's own products stay exact, without which the orthogonal step diverges at once."""
+    for name in ("exact", "rounded"):
+        (tmp_path / name).mkdir()
+    exact = run(tmp_path / "exact", "training.steps=20")
+    torch.set_float32_matmul_precision("high")
+    try:
+        rounded = run(tmp_path / "rounded", "training.steps=20")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert rounded["losses"] == pytest.approx(exact["losses"], rel=0.05)
+
+
 def test_times_of_steps_are_the_devices(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert len(result["step_seconds"]) == STEPS

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, load_model, save_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hyperlora import METHODS, HyperAdaLoRA, Pruning
+from hyperlora import METHODS, HyperAdaLoRA, Pruning, update_rules
 from hyperlora.hypernetworks import HypernetworkSpec
 from hyperlora.optimizer import LOOK
+from hyperlora.polar import polar
 from hyperlora.pruning import prune_to
 from hyperlora.update_rules import LearningRates
 
@@ -394,6 +395,63 @@ def test_a_step_within_autocast_is_as_precise() -> None:
                 optimizer.step()
         ends.append(adapter(model))
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_written_into_a_head_stays(dtype: torch.dtype) -> None:
+    """As DistributedDataParallel does, which gives all processes the first one's, and as weights are loaded."""
+    model = build_llama(dtype=torch.float32)
+    head = model.base_model.model.lm_head.weight  # type: ignore[union-attr]
+    head.data = head.data.to(dtype)
+    head.requires_grad_(True)
+    optimizer = build_optimizer(model, "adalora", lr=1e-3)
+    assert [p is head for p in optimizer.param_groups[3]["params"]] == [True]
+
+    def step() -> None:
+        no_gradients(optimizer)
+        head.grad = torch.ones_like(head)
+        optimizer.step()
+
+    step()
+    with torch.no_grad():
+        head.fill_(0.5)
+    step()
+    torch.testing.assert_close(head.float(), torch.full(head.shape, 0.499), atol=2e-3, rtol=0)
+    # The bits that a rounded head has lost come back with the optimizer's state, in either order.
+    saved, rounded = copy.deepcopy(optimizer.state_dict()), head.detach().clone()
+    step()
+    after = head.detach().clone()
+    for optimizer_first in (True, False):
+        if optimizer_first:
+            optimizer.load_state_dict(saved)
+        with torch.no_grad():
+            head.copy_(rounded)
+        if not optimizer_first:
+            optimizer.load_state_dict(saved)
+        step()
+        assert torch.equal(head, after)
+
+
+def test_factors_move_in_full_precision_whatever_the_program_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``tf32=True`` of transformers, say: of a rounded Gram matrix the polar factor's iteration diverges."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    seen = []
+
+    def watched(rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        seen.append([b.fp32_precision for b in backends])
+        return polar(rows)
+
+    monkeypatch.setattr(update_rules, "polar", watched)
+    model = build_llama(dtype=torch.float32)
+    optimizer = build_optimizer(model)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        allowed = [b.fp32_precision for b in backends]
+        train_steps(model, optimizer, 2)
+        assert seen == [["ieee", "ieee"]] * 2
+        assert [b.fp32_precision for b in backends] == allowed == ["tf32", "bf16"], "outside nothing changes"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_a_state_fits_with_and_without_a_wrapper() -> None:
