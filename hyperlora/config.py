@@ -421,13 +421,17 @@ class Recipe(Section):
         hypernetwork, source = self.hypernetwork, self.hypernetwork.init_from
         if source is not None and "://" not in source:
             # Also when it is gone: a resumed run needs it no more, and has to say the same.
-            hypernetwork = hypernetwork.model_copy(update={"init_from": str(Path(source).absolute())})
+            hypernetwork = hypernetwork.model_copy(update={"init_from": str(Path(source).expanduser().absolute())})
         monitors = self.monitors.model_copy(update={"baseline": absolute(self.monitors.baseline)})
         mlflow = self.mlflow
         if mlflow.tracking_uri.startswith("sqlite:///"):
             database = Path(mlflow.tracking_uri.removeprefix("sqlite:///")).expanduser().absolute()
             mlflow = mlflow.model_copy(update={"tracking_uri": f"sqlite:///{database}"})
+        storage = self.storage
+        if "://" not in storage.uri:  # workers have a working directory of their own, and look for the rows below it
+            storage = storage.model_copy(update={"uri": str(Path(storage.uri).expanduser().absolute())})
         changed = {"model": model, "data": data, "hypernetwork": hypernetwork, "monitors": monitors, "mlflow": mlflow}
+        changed["storage"] = storage
         return self.model_copy(update=changed)
 
     def hypernetwork_spec(self) -> HypernetworkSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, initialize_lora_eva_weights
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor
 
 from hyperlora.adapters import prepare
@@ -63,11 +64,13 @@ def redistribute_ranks(
                 f"method=eva: singular vectors still move after {MOST_PASSES} batches; a larger batch or lower rank"
             )
             raise RecipeError([Problem("training.batch_size", recipe.training.batch_size, allowed)])
-        peft_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        peft_model(**task.inputs(peft_model, batch))
 
     initialize_lora_eva_weights(
         model, batches, forward_fn=forward, prepare_layer_inputs_fn=_inputs, show_progress_bar=False
     )
+    # A layer whose rank has changed is new and has the base's dtype; adapters of half precision train in float32.
+    cast_adapter_dtype(model, adapter_name="default")
     return prepare(model, recipe)
 
 

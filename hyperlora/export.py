@@ -77,10 +77,12 @@ class PlainAdapter:
 def plain_adapter(model: PeftModel, optimizer: AdapterOptimizer) -> PlainAdapter:
     """The adapter as the optimizer defines it, scale baked into B, pruned directions dropped."""
     # By itself PEFT asks the hub whether the vocabulary has grown, and would save the base model's embeddings then.
-    found = get_peft_model_state_dict(model, save_embedding_layers=False)
-    state = {k: v.detach().cpu().clone() for k, v in found.items()}
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = {k: v.detach().cpu().clone() for k, v in saved.items()}
     if isinstance(optimizer, UnequalLoRA):
-        pairs = {name: (a.cpu().contiguous(), b.cpu().contiguous()) for name, (a, b) in optimizer.pairs().items()}
+        # Copies, as everything here is: it is packed in another thread while training goes on.
+        found = {name: (a.to("cpu", copy=True), b.cpu()) for name, (a, b) in optimizer.pairs().items()}
+        pairs = {name: (a.contiguous(), b.contiguous()) for name, (a, b) in found.items()}
     else:
         pairs = _factor_pairs(state, optimizer)
     others = {k: v for k, v in state.items() if not re.search(r"\.lora_[ABE]\b", k)}

@@ -221,7 +221,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
                 seed=seed,
             )
             live = self._live_tokens()
-            with self._exactly():
+            with products("ieee"):
                 self.source = GeneratedFactors(initial, networks, rule, self._adam_settings, live, direction)
         else:
             self.source = DirectFactors(initial, self._adam_settings, direction)

@@ -52,7 +52,8 @@ class Estimate:
     fused kernels do not keep): 34 bytes per token, hidden unit and layer in 16 bits, twice that in 32. In 16 bits
     PEFT's layers keep a float32 copy of every adapted module's input besides. Recomputation keeps the layers' inputs,
     and at a time either one layer's activations or the logits with their float32 copy, softmax and gradient. Where the
-    logits of an evaluation's batch are more than all that, it is these.
+    logits of an evaluation's batch, with the keys and values of its tokens, are more than all that, or the keys and
+    values of the answers that it generates, it is these.
     """
 
     rows: str
@@ -130,8 +131,9 @@ def _row_problems(recipe: Recipe, task: Task, model: PreTrainedModel) -> list[Pr
     problems = []
     packed = task.packed
     largest, longest = (max(packed.count(part, name) for part in PARTS) for name in ("largest", "longest"))
+    largest = max(largest, int(task.tokenizer.pad_token_id or 0))  # which no row has, and every batch
     if largest >= text.vocab_size:
-        allowed = f"a tokenizer of the model, which has {text.vocab_size:,} tokens: this one gave number {largest:,}"
+        allowed = f"a tokenizer of the model, which has {text.vocab_size:,} tokens: this one gives number {largest:,}"
         problems.append(Problem("model.tokenizer", recipe.model.tokenizer or recipe.model.path, allowed))
     positions = _positions(model)
     if positions is not None and positions < longest:
@@ -146,15 +148,14 @@ def _row_problems(recipe: Recipe, task: Task, model: PreTrainedModel) -> list[Pr
                 f"the model {positions} positions"
             )
             problems.append(Problem("task.max_new_tokens", new, allowed))
-    # A batch without a single target has no mean loss.
-    batch, none = recipe.training.batch_size, packed.count("train", "empty")
-    for part, enough in (("train", none >= batch), ("eval", not packed.count("eval", "targets"))):
-        field, empty, rows = f"data.{part}", packed.count(part, "empty"), packed.count(part, "rows")
-        if enough:
-            allowed = (
-                f"rows with something to learn: in {empty} of {rows} the prompt alone fills task.max_length tokens"
-            )
-            problems.append(Problem(field, getattr(recipe.data, part) or recipe.data.source, allowed))
+    for part in PARTS:
+        if not packed.count(part, "targets"):
+            rows = packed.count(part, "rows")
+            why = f"in {rows} of {rows} the prompt alone fills task.max_length tokens"
+            if recipe.task.kind != "generation":
+                why = f"{rows} of {rows} have no text"
+            allowed = f"rows with something to learn: {why}"
+            problems.append(Problem(f"data.{part}", getattr(recipe.data, part) or recipe.data.source, allowed))
     unanswered, rows = (packed.count("eval", name) for name in ("unanswered", "rows"))
     if recipe.task.kind == "generation" and unanswered == rows:
         allowed = (
@@ -173,6 +174,8 @@ def _notes(recipe: Recipe, packed: Packed) -> list[str]:
         if cut:
             more = f"; nothing is left to learn of {empty:,}" if empty else ""
             found.append(f"{cut:,} of {rows:,} {words} rows are cut at task.max_length={recipe.task.max_length}{more}")
+        elif empty:
+            found.append(f"{empty:,} of {rows:,} {words} rows have no text")
     if unanswered := packed.count("eval", "unanswered"):
         found.append(f"{unanswered:,} held-out rows have no final answer (#### 12) and count as wrong")
     if long := packed.count("eval", "long"):
@@ -286,17 +289,31 @@ def _shape(model: PeftModel) -> tuple[int, int]:
     return int(config.num_hidden_layers), int(config.hidden_size)
 
 
+def _key_width(config: PretrainedConfig) -> int:
+    """Numbers in the keys of one token in one layer; 0 without attention."""
+    heads = int(getattr(config, "num_attention_heads", None) or 0)
+    if not heads:
+        return 0
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(size) * int(getattr(config, "num_key_value_heads", None) or heads)
+
+
 def _activations(recipe: Recipe, task: Task, model: PeftModel, layers: int, hidden: int) -> int:
     width = torch.empty((), dtype=getattr(torch, recipe.model.dtype)).element_size()
+    packed = task.packed
     per_pass = recipe.training.batch_size // recipe.ray.fewest // recipe.training.gradient_accumulation
-    tokens = per_pass * min(recipe.task.max_length, task.packed.count("train", "longest"))
+    tokens = per_pass * min(recipe.task.max_length, packed.count("train", "longest"))
     copied = 4 * sum(m.in_features or 0 for m in model.modules() if isinstance(m, LoraLayer)) if width < 4 else 0
     every_layer = 34 * hidden * width // 2 * layers + copied
     config: PretrainedConfig = model.get_base_model().config  # type: ignore[assignment]
     vocabulary = 0 if task.num_labels is not None else int(config.get_text_config().vocab_size)
     logits = vocabulary * (12 + width)
-    evaluated = recipe.training.eval_batch_size * min(recipe.task.max_length, task.packed.count("eval", "longest"))
-    evaluation = evaluated * vocabulary * width
+    evaluated = recipe.training.eval_batch_size * min(recipe.task.max_length, packed.count("eval", "longest"))
+    # Models that generate keep keys and values of every token, also where only the loss is asked for.
+    kept = 0 if task.num_labels is not None else 2 * layers * _key_width(config.get_text_config()) * width
+    answered = packed.count("eval", "longest_prompt") + recipe.task.max_new_tokens
+    generated = recipe.training.eval_batch_size * answered * kept if recipe.task.kind == "generation" else 0
+    evaluation = max(evaluated * (vocabulary * width + kept), generated)
     if recipe.model.gradient_checkpointing:
         return max(evaluation, tokens * (2 * width * hidden * layers + max(every_layer // layers, logits)))
     return max(evaluation, tokens * (every_layer + logits))

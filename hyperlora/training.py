@@ -63,6 +63,26 @@ class World:
             dist.all_reduce(values, group=self.group)
         return values
 
+    def together(self, call: Callable[[], T]) -> T:
+        """What ``call`` returns here, or on every worker the RecipeError of the first worker on which it raises one.
+
+        Otherwise the others would wait, until their patience ends, for one that has given up.
+        """
+        if self.group is None:
+            return call()
+        found: list[T] = []
+        mine: RecipeError | None = None
+        try:
+            found = [call()]
+        except RecipeError as error:
+            mine = error
+        errors: list[RecipeError | None] = [None] * self.size
+        dist.all_gather_object(errors, mine, group=self.group)
+        for told in errors:
+            if told is not None:
+                raise told
+        return found[0]
+
     def first(self, call: Callable[[], T]) -> T:
         """What ``call`` returns on worker 0, or the RecipeError that it raises there, on every worker."""
         if self.group is None:
@@ -463,7 +483,8 @@ class Trainer:
         clock = Clock(self.world.device)
         rows = self.task.train[indices]
         # All workers know the whole batch, so that the mean runs over its targets and not over workers' means.
-        targets, tokens = sum(rows["weight"]), sum(len(ids) for ids in rows["input_ids"])
+        # A batch of rows without any has no loss, and moves nothing.
+        targets, tokens = max(1, sum(rows["weight"])), sum(len(ids) for ids in rows["input_ids"])
         parts = self.recipe.training.gradient_accumulation
         pieces = self.world.size * parts
         torch.manual_seed(derived_seed("dropout", self.recipe.seed, self.step, self.world.rank))
@@ -875,7 +896,7 @@ def train(
         if run.owner is None and world.rank == 0:
             lease = Lease(run.uri)
             run = replace(run, owner=lease.owner)
-        trainer = Trainer(recipe, run, world, sink, stop, leaving)
+        trainer = world.together(lambda: Trainer(recipe, run, world, sink, stop, leaving))
         try:
             _resume(trainer)
             return trainer.fit()

@@ -56,6 +56,10 @@ class Task(ABC):
         """Which rows a tokenizer has cut; a slow one does not tell."""
         return [bool(row.overflowing) for row in encoded.encodings or []]
 
+    def inputs(self, model: nn.Module, batch: Batch) -> Batch:
+        """What of a batch the model is called with, by the loss and by whoever wants the activations of training."""
+        return _tokens(batch)
+
     @abstractmethod
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum of the cross-entropy over a batch's targets, nats."""
@@ -91,12 +95,16 @@ class Task(ABC):
         return labels
 
 
+def _tokens(batch: Batch) -> Batch:
+    return {k: batch[k] for k in ("input_ids", "attention_mask")}
+
+
 def next_token_loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """Summed cross-entropy of the next token where ``labels`` is not ignored; logits in at least float32.
 
     Without gradients row by row, so that no copy of all logits is needed.
     """
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    logits = model(**_tokens(batch)).logits[:, :-1]
     targets = batch["labels"][:, 1:]
     if torch.is_grad_enabled():
         return _loss_sum(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))

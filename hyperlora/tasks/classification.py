@@ -77,11 +77,14 @@ class Classification(Task):
     def _labels(self, rows: list[dict[str, Any]], longest: int) -> Tensor:
         return torch.tensor([row["labels"] for row in rows])
 
-    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    def inputs(self, model: nn.Module, batch: Batch) -> Batch:
+        inputs = super().inputs(model, batch)
         if "token_type_ids" in batch and getattr(model.config, "type_vocab_size", 0) > 1:  # BERT's, for one
             inputs["token_type_ids"] = batch["token_type_ids"]
-        logits = model(**inputs).logits
+        return inputs
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits = model(**self.inputs(model, batch)).logits
         return logits if logits.dtype.itemsize >= 4 else logits.float()
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -5,21 +5,28 @@ from __future__ import annotations
 import os
 import pickle
 import queue
+import tempfile
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from nodes import wait_until
+from processes import FORKSERVER
 from ray.train import WorkerGroupError
 from ray.util.queue import Empty
 
 from hyperlora import distributed
 from hyperlora.environment import changed
 from hyperlora.ownership import ReplacedError
+from hyperlora.training import RunInfo, World, train
+from pipelines.common import load_recipe
 
 
 @pytest.mark.parametrize("first", [ReplacedError("taken over"), ValueError("no such\nthing")])
@@ -55,6 +62,27 @@ def test_variables_are_afterwards_what_they_were(before: str | None, monkeypatch
             raise KeyError
         assert now() == ["", "here:6379"]
     assert now() == [before, None]
+
+
+def lacks_room(rank: int, folder: str) -> None:
+    """A worker of two, on whose machine there is no room for rows if it is the second."""
+    os.environ["HYPERLORA_CACHE"] = f"{folder}/cache" if rank == 0 else "/proc/none"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    recipe = load_recipe("quickstart", ["data.train_rows=64", "data.eval_rows=8", "mlflow.enabled=false"])
+    try:
+        train(recipe, RunInfo(f"{folder}/run"), World(rank, 2, dist.group.WORLD))
+    except Exception as error:
+        Path(folder, f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+def test_what_one_worker_cannot_do_ends_all_with_its_reason() -> None:
+    """Otherwise the others wait for it until the process group's patience ends, and nobody says why."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(lacks_room, (folder,), nprocs=2, start_method=FORKSERVER.get_start_method())
+        told = [Path(folder, f"{rank}.txt").read_text() for rank in range(2)]
+    assert told[0] == told[1]
+    assert told[0].startswith("RecipeError: 1 problem")
+    assert "a folder with room for the tokenised rows in HYPERLORA_CACHE" in told[0]
 
 
 class Orders(queue.Queue[str]):

@@ -8,17 +8,28 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import ByteLevel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, RobertaConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    RobertaConfig,
+)
 from transformers import RobertaForSequenceClassification as Roberta
 from transformers.modeling_outputs import CausalLMOutput
 
+from hyperlora.adapters import resolve_path
 from hyperlora.config import DataConfig, RecipeError
 from hyperlora.preflight import inspect
+from hyperlora.tasks import shared_rows
 from hyperlora.tasks.base import next_token_loss_sum
 from hyperlora.tasks.classification import Classification
 from hyperlora.tasks.data import read_rows, survey
+from hyperlora.training import RunInfo, Silent, Trainer, World
 from pipelines.common import load_recipe
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -115,6 +126,76 @@ def test_the_estimate_counts_the_logits_of_an_evaluation() -> None:
     ]
     assert found[0] == found[1], "training needs more"
     assert found[3] == 2 * found[2]
+
+
+def test_the_estimate_counts_keys_and_values_of_an_evaluation() -> None:
+    """Of the answers where they are long, and beside the logits of the loss where they are not."""
+    few = ["data.train_rows=64", "data.eval_rows=8", "training.eval_batch_size=1000000"]
+
+    def found(*changes: str) -> int:
+        return inspect(load_recipe("quickstart", [*few, *changes])).activation_bytes
+
+    config = AutoConfig.from_pretrained(resolve_path("builtin:storylm"))
+    head = config.hidden_size // config.num_attention_heads
+    token = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    long, longer = (found("task.max_length=512", f"task.max_new_tokens={n}") for n in (400, 410))
+    assert longer - long == 10**7 * token
+    loss = found("task.kind=language-modeling")
+    rows = (loss // 10**6) / (4 * config.vocab_size + token)
+    assert rows == int(rows) > 10, "tokens of the longest row"
+
+
+def test_a_padding_token_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    """No row has it: the first batch of unequal rows would."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path("builtin:storylm"))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    recipe = load_recipe("quickstart", ["data.train_rows=64", "data.eval_rows=8", f"model.tokenizer={tmp_path}"])
+    with pytest.raises(RecipeError, match=r"model.tokenizer.*has 434 tokens: this one gives number 434"):
+        inspect(recipe)
+
+
+def test_rows_without_text_are_noted_and_a_batch_of_them_moves_nothing(tmp_path: Path) -> None:
+    """A third of WikiText's rows are blank; many tokenizers begin a text with no token of their own."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path("builtin:storylm"))
+    tokenizer.backend_tokenizer.post_processor = ByteLevel()
+    tokenizer.save_pretrained(tmp_path)
+    texts = [*["the cat sat on the mat"] * 12, *[""] * 12]
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n' * 12)
+    changes = ["task.kind=language-modeling", "data.source=files", f"data.root={tmp_path}", "data.template='{text}'"]
+    changes += ["data.train=rows.jsonl", "data.eval=rows.jsonl", "data.train_rows=null", "data.eval_rows=null"]
+    changes += [
+        f"model.tokenizer={tmp_path}",
+        "training.batch_size=8",
+        "ray.num_workers=1",
+        "hypernetwork.hidden_size=24",
+        "hypernetwork.heads=2",
+    ]
+    recipe = load_recipe("quickstart", changes)
+    notes = inspect(recipe).notes
+    assert [note for note in notes if "text" in note] == [
+        "12 of 24 training rows have no text",
+        "12 of 24 held-out rows have no text",
+    ]
+    trainer = Trainer(recipe, RunInfo(str(tmp_path / "run")), World(), Silent())
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    assert trainer.train_step(list(range(12, 20))).read()["loss"] == 0
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+    assert trainer.train_step(list(range(8, 16))).read()["loss"] > 0
+    with pytest.raises(RecipeError, match="rows with something to learn: 12 of 12 have no text"):
+        inspect(load_recipe("quickstart", [*changes, "data.train=blank.jsonl"]))
+
+
+def test_workers_have_the_rows_where_the_driver_put_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    recipe = load_recipe("quickstart", ["storage.uri=out", "hypernetwork.init_from=~/runs/first"]).with_absolute_paths()
+    monkeypatch.chdir("/")
+    assert shared_rows(recipe) == str(tmp_path / "out/rows")
+    assert recipe.hypernetwork.init_from == str(tmp_path / "home/runs/first")
+    bucket = load_recipe("quickstart", ["storage.uri=s3://bucket/out"]).with_absolute_paths()
+    assert bucket.storage.uri == "s3://bucket/out"
 
 
 HUB = """---
