@@ -47,18 +47,20 @@ def growth() -> Growth | None:
             for g in reported.node_group_configs
         ]
         return Growth(groups, resources=dict(reported.max_resources))
-    cluster, namespace = (os.environ.get(f"RAY_CLUSTER_{part}") for part in ("NAME", "NAMESPACE"))
-    if namespace is None and Path(NAMESPACE).is_file():
-        namespace = Path(NAMESPACE).read_text(encoding="utf-8").strip()
-    if cluster and namespace:  # KubeRay sets the first, and the second in its newest versions
+    if cluster := os.environ.get("RAY_CLUSTER_NAME"):  # KubeRay sets it, and the namespace in its newest versions
         try:
+            namespace = os.environ.get("RAY_CLUSTER_NAMESPACE") or Path(NAMESPACE).read_text(encoding="utf-8").strip()
             resource = KubernetesHttpApiClient(namespace).get(f"rayclusters/{cluster}")
+        except FileNotFoundError:
+            return Growth([])  # the pod has no account's token, so that an autoscaler in it would have none either
         except (requests.RequestException, OSError) as error:
             answer = error.response if isinstance(error, requests.RequestException) else None
             if answer is not None and answer.status_code == requests.codes.forbidden:
                 return Growth([])  # an autoscaler would read it beside the head, with the same account
             logger.warning("the RayCluster %s cannot be read: %s", cluster, first_line(error))
             return None
+        if not resource["spec"].get("enableInTreeAutoscaling"):
+            return Growth([])  # KubeRay labels the nodes of its groups all the same
         return configured(_derive_autoscaling_config_from_ray_cr(resource))
     file = Path(FILE).expanduser()
     return configured(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else None

@@ -16,6 +16,11 @@ UNLIMITED = 10_000
 
 
 @dataclass(frozen=True)
+class TooMany(Problem):
+    """Not so many workers, but one of them would fit."""
+
+
+@dataclass(frozen=True)
 class Node:
     """A living node.
 
@@ -154,8 +159,8 @@ def problems(settings: RayConfig, nodes: Sequence[Node], growth: Growth | None =
     )
     found: list[Problem] = []
 
-    def add(field: str, value: Any, allowed: str) -> None:
-        found.append(Problem(field, value, allowed + (advice if silent else "")))
+    def add(field: str, value: Any, allowed: str, what: type[Problem] = Problem) -> None:
+        found.append(what(field, value, allowed + (advice if silent else "")))
 
     if kind is not None and kind not in there:
         add("ray.accelerator_type", kind, f"of the cluster's nodes: {', '.join(there) or 'none has an accelerator'}")
@@ -166,7 +171,8 @@ def problems(settings: RayConfig, nodes: Sequence[Node], growth: Growth | None =
         total, largest = sum(r.get(name, 0) for r in fit), max((r.get(name, 0) for r in fit), default=0)
         total = min(total, limits.get(name, total))
         if wanted > times(amount, total):
-            add(key, amount, f"{wanted} workers need {wanted * amount:g} {name}s, the cluster {has} {total:g}")
+            allowed = f"{wanted} workers need {wanted * amount:g} {name}s, the cluster {has} {total:g}"
+            add(key, amount, allowed, TooMany if amount <= min(total, largest) else Problem)
         elif amount > largest:
             add(key, amount, f"at most the {largest:g} {name}s of the largest node")
     if found:
@@ -177,8 +183,14 @@ def problems(settings: RayConfig, nodes: Sequence[Node], growth: Growth | None =
     room = f"the cluster's {len(held)} nodes {hold} {counts} workers of {needs}"
     strict = {"STRICT_PACK": max(held), "STRICT_SPREAD": sum(h > 0 for h in held)}
     if wanted > sum(held):
-        add("ray.num_workers", settings.num_workers, room)
+        add("ray.num_workers", settings.num_workers, room, TooMany if any(held) else Problem)
     elif wanted > strict.get(settings.placement, wanted):
         where = "on one node" if settings.placement == "STRICT_PACK" else "on a node each"
         add("ray.placement", settings.placement, f"{wanted} workers {where}: {room}")
     return found
+
+
+def of_trials(found: Sequence[Problem], concurrency: int) -> list[Problem]:
+    """What :func:`problems` has found where workers are trials of one process: nobody has typed how many workers."""
+    text = "the number of trials at a time, one worker each: "
+    return [Problem("--concurrency", concurrency, text + p.allowed) if isinstance(p, TooMany) else p for p in found]

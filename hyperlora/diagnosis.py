@@ -60,12 +60,17 @@ def devices() -> Check:
     return Check("device", "ok", f"{names}, joined by {nccl}")
 
 
-def disks() -> list[Check]:
-    """Room where Ray's temporary files go, and where tokenised rows do if that is another file system."""
-    temporary, cache = Path(os.environ.get("RAY_TMPDIR") or "/tmp"), packed.cache()
-    cache = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    checks = [_disk("disk", temporary, "RAY_TMPDIR")]
-    if cache.stat().st_dev != temporary.stat().st_dev:
+def disks(temporary: str | None = None) -> list[Check]:
+    """Room where Ray's temporary files go, and where tokenised rows do if that is another file system.
+
+    Args:
+        temporary: Ray's folder, where a node has told it; None: the one that Ray takes when it is started here.
+    """
+    wanted = Path(temporary or os.environ.get("RAY_TMPDIR") or "/tmp"), packed.cache()
+    # What is not there yet will be on the disk of the nearest folder that is.
+    folder, cache = (next(p for p in (path, *path.parents) if p.exists()) for path in wanted)
+    checks = [_disk("disk", folder, "RAY_TMPDIR, or --temp-dir of ray start,")]
+    if cache.stat().st_dev != folder.stat().st_dev:
         checks.append(_disk("disk of the cache", cache, "HYPERLORA_CACHE"))
     return checks
 
@@ -156,16 +161,17 @@ def sees(place: str) -> Check:
         return Check("shared storage", "fail", f"what the job wrote is not there ({first_line(error)})", advice)
 
 
-def node(place: str | None = None, config: MLflowConfig | None = None) -> dict[str, Any]:
+def node(place: str | None = None, config: MLflowConfig | None = None, temporary: str | None = None) -> dict[str, Any]:
     """What another node tells of itself, as plain values.
 
     Args:
         place: of :func:`mark`; without one storage is not tried.
         config: of the server to try.
+        temporary: folder of the node's Ray.
     """
     from hyperlora.tracking import versions
 
-    began, checks = time.time(), [devices(), *disks()]
+    began, checks = time.time(), [devices(), *disks(temporary)]
     if place is not None:
         checks += [sees(place), *store(place.rsplit("/", 1)[0])]
     if config is not None:

@@ -15,6 +15,7 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -392,9 +393,18 @@ def known(client: JobSubmissionClient, job_id: str, address: str) -> JobDetails:
 
 
 def reason(job: JobDetails) -> str | None:
-    """Why a job failed whose output does not say it: its command did not start, or was lost with its node."""
-    told = job.status == JobStatus.FAILED and job.driver_exit_code is None
-    return (job.message or "").strip() or None if told else None
+    """Why a job failed whose output does not say it: its command did not start, was killed, or its node was lost."""
+    if job.status != JobStatus.FAILED:
+        return None
+    if job.driver_exit_code is None:
+        return (job.message or "").strip() or None
+    # Of a shell's the signal is what is above 128. SIGTERM's is the command's own, which says why it ends.
+    code = job.driver_exit_code
+    number = -code if code < 0 else code - 128
+    if number not in set(signal.Signals) or code == 128 + signal.SIGTERM:
+        return None
+    advice = "; the head may be out of memory" if number == signal.SIGKILL else ""
+    return f"its command was ended by signal {number} ({signal.Signals(number).name}){advice}"
 
 
 def _tail(client: JobSubmissionClient, job_id: str, skip: int) -> Iterator[str]:

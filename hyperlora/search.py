@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +33,8 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from hyperlora import packed, runs, storage, training, warm_start
-from hyperlora.config import Recipe, StorageConfig, parse
+from hyperlora import capacity, packed, runs, storage, training, warm_start
+from hyperlora.config import Recipe, RecipeError, StorageConfig, parse
 from hyperlora.stopping import NonFiniteError, Notice
 from hyperlora.storage import patiently
 from hyperlora.training import RunInfo, Silent
@@ -129,10 +129,12 @@ def run(
     # Where workers of one run have to be is nothing to trials, which know nothing of each other.
     settings = recipe.ray.model_copy(update={"num_workers": concurrency, "placement": "PACK"})
     rows = share_rows(recipe)
-    with (
-        cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False),
-        Notice(interrupts=True) as notice,
-    ):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False))
+        except RecipeError as error:
+            raise RecipeError(capacity.of_trials(error.problems, concurrency)) from error
+        notice = stack.enter_context(Notice(interrupts=True))
         # Processes are kept for the next trial, on a GPU as well: importing everything costs seconds.
         task = ray.remote(
             max_retries=0,

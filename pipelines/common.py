@@ -113,9 +113,14 @@ def command_line(args: Namespace, *options: str) -> str:
     return shlex.join(["hyperlora", *typed(words)])
 
 
+def in_job() -> bool:
+    """Whether this process is the command of a Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
 def typed(words: Sequence[str]) -> list[str]:
     """A command's words as they were typed, here or to submit them; of a file's path its job knows only the name."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # no Ray job
+    if not in_job():
         return list(words)
     return ["submit", *(re.sub(r"^file\d+-", "", word) for word in words if word not in THERE)]
 

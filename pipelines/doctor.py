@@ -8,7 +8,9 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from typing import Any
 
+import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.job_submission import JobStatus
 from rich.console import Console
@@ -81,7 +83,12 @@ def _inside(recipe: Recipe, expected: dict[str, str], install: bool) -> Iterator
             place = stack.enter_context(diagnosis.mark(recipe.storage.uri))
         start = jobs.INSTALLED if install else jobs.ANSWER
         with_gpus = {}
-        for node, told, asked, answered in jobs.each_node(diagnosis.node, place, recipe.mlflow, start=start):
+
+        # Within another it travels as it is, so that nodes do not have to import this module.
+        def there(*arguments: Any) -> dict[str, Any]:
+            return diagnosis.node(*arguments, ray.get_runtime_context().get_temp_dir())
+
+        for node, told, asked, answered in jobs.each_node(there, place, recipe.mlflow, start=start):
             if isinstance(told, GetTimeoutError):
                 yield diagnosis.silent(node["NodeManagerAddress"], jobs.ANSWER)
             elif isinstance(told, BaseException):
@@ -127,7 +134,8 @@ def _on_cluster(args: Namespace, console: Console) -> list[Check]:
         _show(check, console)
     words, files = with_files(["doctor", args.recipe, *args.overrides, *changes], [args.recipe])
     env, more = [*args.env, *recipe.cluster.env], ["--expect", json.dumps(versions())]
-    job = jobs.Job(words, files, env, args.install, [*more, *(["--install"] if args.install else [])])
+    more += [f"--{name}" for name in ("install", "verbose") if getattr(args, name)]
+    job = jobs.Job(words, files, env, args.install, more)
     with jobs.answered(args.address):
         job_id, _ = send(client, job, console)
     status = follow(args.address, job_id, console).status

@@ -20,6 +20,8 @@ from pipelines.common import THERE, gathered, is_file, load_recipe, shipped, wri
 
 #: Arguments of the jobs that may name a file, which then travels with the job.
 FILES = ("recipe", "space", "field")
+#: Commands whose trials are one process each, ``--concurrency`` of them at a time.
+PLANNED = ("study", "compare")
 
 
 def main(args: Namespace, inner: Namespace, console: Console) -> int:
@@ -35,7 +37,7 @@ def main(args: Namespace, inner: Namespace, console: Console) -> int:
     if told := tokens.warning(address):
         console.print(Text(told, "yellow"), soft_wrap=True)
     with jobs.answered(address):
-        _check_room(settings, client, job, address, console)
+        _check_room(settings, client, job, address, console, planned=inner.command in PLANNED)
         job_id, size = send(client, job, console)
     console.print(f"[bold]{job_id}[/] on {address}, {size / 2**20:.1f} MiB", highlight=False, soft_wrap=True)
     summary = {"job_id": job_id, "address": address, "bytes": size, "command": list(job.words)}
@@ -82,9 +84,9 @@ def _job(args: Namespace, inner: Namespace) -> tuple[RayConfig, jobs.Job, str]:
     if problems or there is None or address is None:
         raise RecipeError(problems)
     words, files = with_files(args.words, [getattr(inner, name, None) for name in FILES])
-    there_only = THERE if inner.command == "train" else THERE[:1]
+    there_only = [*(THERE if inner.command == "train" else THERE[:1]), *(["--verbose"] if args.verbose else [])]
     changed: dict[str, object] = {} if workers is None else {"num_workers": workers}
-    if inner.command in ("study", "compare"):
+    if inner.command in PLANNED:
         changed["placement"] = "PACK"  # whatever the recipe says: their trials know nothing of each other
     settings = recipe.ray.model_copy(update=changed)
     return settings, jobs.Job([*words, *changes], files, env, args.install, there_only), address
@@ -121,22 +123,27 @@ def on_cluster(name: str, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
 
 
 def _check_room(
-    settings: RayConfig, client: JobSubmissionClient, job: jobs.Job, address: str, console: Console
+    settings: RayConfig, client: JobSubmissionClient, job: jobs.Job, address: str, console: Console, *, planned: bool
 ) -> None:
-    """Find out whether the cluster can ever hold the job.
+    """Find out whether the cluster can ever hold the job, whose workers are trials where it is ``planned``.
 
     Raises:
         RecipeError: it cannot, and no autoscaler adds enough to it.
     """
     nodes = jobs.nodes(address)
-    problems = capacity.problems(settings, nodes)
+
+    def found(growth: capacity.Growth | None = None) -> list[Problem]:
+        problems = capacity.problems(settings, nodes, growth)
+        return capacity.of_trials(problems, settings.fewest) if planned else problems
+
+    problems = found()
     if not problems:
         return
     if not capacity.may_grow(nodes):
         raise RecipeError(problems)
     with console.status("asking what the cluster's autoscaler adds"):
         growth = jobs.growth(client, job)
-    if growth is not None and (beyond := capacity.problems(settings, nodes, growth)):
+    if growth is not None and (beyond := found(growth)):
         raise RecipeError(beyond)
     for problem in problems:
         console.print(Text(f"the job waits for nodes that an autoscaler adds: {problem}", "yellow"), soft_wrap=True)

@@ -21,7 +21,7 @@ from hyperlora.preflight import Estimate, inspect
 from hyperlora.stopping import Notice, StoppedError
 from hyperlora.training import RunInfo, Tee, train
 from pipelines import screens
-from pipelines.common import load_recipe, tell, typed, write_json
+from pipelines.common import in_job, load_recipe, tell, typed, write_json
 from pipelines.deliver import deliver
 from pipelines.progress import ProgressSink
 
@@ -100,7 +100,8 @@ def _train(
     wall = time.monotonic() - started
     screens.summary(console, outcome, recipe, estimate.adalora, wall, _next(named, info, args))
     if info.mlflow_run_id in {run.run_id for run in tracking.missed()}:
-        console.print(Text("\nMLflow was away; hyperlora deliver sends what it missed, once it is back", "yellow"))
+        said = f"\nMLflow was away; {_sender()} what it missed, once it is back"
+        console.print(Text(said, "yellow"), soft_wrap=True)
     write_json(args.json, runs.summary(outcome, wall))
     return 0
 
@@ -131,8 +132,16 @@ def _is_finished(uri: str) -> bool:
 
 def _leave_to_deliver(recipe: Recipe, run_id: str, uri: str, console: Console) -> None:
     tracking.finished(recipe, run_id, uri)
-    said = f"the run in {screens.local(uri)} is finished; hyperlora deliver sends what MLflow does not know of it yet"
+    said = f"the run in {screens.local(uri)} is finished; {_sender()} what MLflow does not know of it yet"
     console.print(Text(said, "yellow"), soft_wrap=True)
+
+
+def _sender() -> str:
+    """Who sends MLflow what this machine keeps for it; a job's is seldom the one where this is read."""
+    if in_job():
+        host = os.uname().nodename
+        return f"the next run on this cluster that goes to this server, or hyperlora deliver on {host}, sends"
+    return "hyperlora deliver sends"
 
 
 def _open_run(recipe: Recipe, info: RunInfo, estimate: Estimate, resume: bool) -> RunInfo:

@@ -81,13 +81,33 @@ def test_the_pod_knows_its_namespace_where_kuberay_does_not_tell_it(
     head: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_CLUSTER_NAMESPACE")
-    assert autoscaling.growth() is None
+    assert autoscaling.growth() == Growth([]), "a pod without an account has none for an autoscaler either"
     (head / "namespace").write_text("default\n")
     monkeypatch.setattr(autoscaling, "NAMESPACE", str(head / "namespace"))
     asked = []
     monkeypatch.setattr(KubernetesHttpApiClient, "__init__", lambda client, namespace: asked.append(namespace))
     assert autoscaling.growth() is not None
     assert asked == ["default"]
+
+
+@pytest.mark.parametrize("said", [{}, {"enableInTreeAutoscaling": False}])
+def test_a_cluster_on_kubernetes_whose_groups_stay_as_they_are(
+    kubernetes: dict[str, Any], said: dict[str, bool]
+) -> None:
+    """KubeRay labels the nodes of its groups whether there is an autoscaler or not."""
+    spec = kubernetes["rayclusters/hyperadalora"]["spec"]
+    del spec["enableInTreeAutoscaling"]
+    spec |= said
+    assert autoscaling.growth() == Growth([])
+
+
+@pytest.mark.usefixtures("kubernetes")
+def test_a_pod_without_the_token_of_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "/var/run/secrets/kubernetes.io/serviceaccount/token")
+
+    monkeypatch.setattr(KubernetesHttpApiClient, "get", missing)
+    assert autoscaling.growth() == Growth([])
 
 
 @pytest.mark.parametrize(

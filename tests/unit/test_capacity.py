@@ -67,6 +67,31 @@ def test_what_does_not_fit(asked: dict[str, Any], message: str) -> None:
     assert [str(p) for p in capacity.problems(RayConfig(**asked), NODES)] == [message]
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"num_workers": 5, "gpus_per_worker": 1},
+            "--concurrency: got 5; the number of trials at a time, one worker each: 5 workers need 5 GPUs, the cluster "
+            "has 4",
+        ),
+        (
+            {"num_workers": 3, "cpus_per_worker": 6},
+            "--concurrency: got 3; the number of trials at a time, one worker each: the cluster's 3 nodes hold 0, 1, 1 "
+            "workers of 6 CPUs",
+        ),
+        # One alone would not fit.
+        ({"num_workers": 2, "gpus_per_worker": 3}, "ray.gpus_per_worker: got 3.0; 2 workers need 6 GPUs"),
+        ({"num_workers": 2, "accelerator_type": "H100"}, "ray.accelerator_type: got 'H100'; of the cluster's nodes"),
+    ],
+)
+def test_too_many_trials_at_a_time_are_the_fault_of_their_number(asked: dict[str, Any], message: str) -> None:
+    settings = RayConfig(**asked)
+    (found,) = capacity.of_trials(capacity.problems(settings, NODES), settings.fewest)
+    assert str(found).startswith(message)
+    assert capacity.of_trials(capacity.problems(RayConfig(gpus_per_worker=1), NODES), 1) == []
+
+
 def test_an_autoscaler_may_start_what_is_not_there() -> None:
     assert not capacity.may_grow(NODES)
     assert capacity.may_grow([*NODES, Node({"CPU": 1}, {"ray.io/node-group": "head"})])

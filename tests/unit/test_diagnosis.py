@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
+from ray import cloudpickle
 
-from hyperlora import collective, diagnosis, storage, uris
+from hyperlora import collective, diagnosis, distributed, storage, uris
+from pipelines import doctor
+from pipelines.common import load_recipe
 
 
 @pytest.mark.parametrize(("free", "state"), [(diagnosis.SMALL_DISK - 1, "warn"), (diagnosis.SMALL_DISK, "ok")])
@@ -41,6 +46,29 @@ def test_a_disk_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     stat = os.statvfs(tmp_path)
     free = float(diagnosis.disks()[0].found.split()[0])
     assert free == pytest.approx(stat.f_bavail * stat.f_frsize / 2**30, abs=2)
+
+
+def test_the_folder_of_ray_may_not_be_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "not/yet"))
+    assert diagnosis.disks()[0].found.endswith(f" GiB free in {tmp_path}")
+
+
+def test_a_node_looks_at_the_disk_that_it_was_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/dev/shm")
+    asked: list[Any] = []
+
+    def each_node(function: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
+        asked.append(cloudpickle.loads(cloudpickle.dumps(function))(*arguments))
+        return iter(())
+
+    monkeypatch.setattr(doctor.jobs, "each_node", each_node)
+    monkeypatch.setattr(distributed, "living", lambda: [])
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_temp_dir=lambda: str(tmp_path / "ray")))
+    words = [f"storage.uri={tmp_path}/runs", "mlflow.enabled=false"]
+    list(doctor._inside(load_recipe("quickstart", words), {}, False))
+    (told,) = asked
+    (disk,) = (c for c in told["checks"] if c[0] == "disk")
+    assert disk[2].endswith(f" GiB free in {tmp_path}")
 
 
 @pytest.mark.parametrize(

@@ -305,8 +305,9 @@ def test_planned_trials_ask_for_the_accelerator_of_the_recipe_and_for_no_placeme
     monkeypatch.setattr(search, "ray", SimpleNamespace(remote=remote))
     words = ["ray.num_workers=2", "ray.placement=STRICT_SPREAD", "ray.accelerator_type=L4", "ray.gpus_per_worker=0.5"]
     recipe = load_recipe("quickstart", words)
+    planned = [Trial("t1", str(tmp_path / "t1"), recipe)]
     with pytest.raises(InterruptedError):
-        next(search.run(lambda done: [Trial("t1", str(tmp_path / "t1"), recipe)], recipe, 3))
+        next(search.run(lambda done: planned, recipe, 3))
     cluster_has, trial_has = asked
     # Three that one node may hold.
     assert capacity.problems(cluster_has, [Node({"CPU": 4, "GPU": 2, "accelerator_type:L4": 1})]) == []
@@ -315,6 +316,15 @@ def test_planned_trials_ask_for_the_accelerator_of_the_recipe_and_for_no_placeme
         "num_gpus": 0.5,
         "accelerator_type": "L4",
     }
+
+    @contextmanager
+    def too_small(recipe: Recipe, *arguments: Any, **options: Any) -> Iterator[None]:
+        raise RecipeError(capacity.problems(recipe.ray, [Node({"CPU": 2, "GPU": 1, "accelerator_type:L4": 1})]))
+        yield
+
+    monkeypatch.setattr(search, "cluster", too_small)
+    with pytest.raises(RecipeError, match="--concurrency: got 3; the number of trials at a time, one worker each: 3 "):
+        next(search.run(lambda done: planned, recipe, 3))
 
 
 @pytest.mark.usefixtures("without_pages")

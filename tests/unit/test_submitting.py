@@ -12,6 +12,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from hyperlora.capacity import Node
 from hyperlora.config import RecipeError
 from hyperlora.diagnosis import Check
 from hyperlora.environment import GIVEN
-from pipelines import doctor, submit
+from pipelines import doctor, submit, train
 from pipelines.cli import main, parse_arguments
 from pipelines.common import command_line, load_recipe, shipped
 
@@ -53,7 +54,7 @@ def test_relative_places_are_refused() -> None:
 
 def sent(*words: str) -> Any:
     """What ``hyperlora submit`` makes of a job's words."""
-    args = Namespace(words=list(words), env=[], address="http://head:8265", install=False)
+    args = Namespace(words=list(words), env=[], address="http://head:8265", install=False, verbose=False)
     return submit._job(args, parse_arguments(words))
 
 
@@ -367,6 +368,55 @@ def test_a_job_whose_output_does_not_say_why_it_failed_is_explained(
         assert main([*words, "--address", there.url, "--json", str(summary)]) == expected
         assert capfd.readouterr().out.count("no such file") == 1
         assert json.loads(summary.read_text())["reason"] is None
+        # What is killed says nothing.
+        there.message, there.exit_code = "failed with exit code -9", -9
+        assert main([*words, "--address", there.url, "--json", str(summary)]) == expected
+        told = "its command was ended by signal 9 (SIGKILL); the head may be out of memory"
+        assert told in capfd.readouterr().out
+        assert json.loads(summary.read_text())["reason"] == told
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (-9, "its command was ended by signal 9 (SIGKILL); the head may be out of memory"),
+        (137, "its command was ended by signal 9 (SIGKILL); the head may be out of memory"),
+        (139, "its command was ended by signal 11 (SIGSEGV)"),
+        (-15, "its command was ended by signal 15 (SIGTERM)"),
+        (143, None),
+        (255, None),
+        (128, None),
+        (1, None),
+    ],
+)
+def test_a_command_that_a_signal_has_ended_did_not_say_why(code: int, reason: str | None) -> None:
+    told: dict[str, Any] = {"message": f"failed with exit code {code}", "entrypoint": "python"}
+    for status, expected in ((JobStatus.FAILED, reason), (JobStatus.STOPPED, None)):
+        assert (
+            jobs.reason(JobDetails(type=JobType.SUBMISSION, status=status, driver_exit_code=code, **told)) == expected
+        )
+
+
+@pytest.mark.parametrize("command", ["study", "compare", "train"])
+@pytest.mark.parametrize("grows", [False, True])
+def test_trials_at_a_time_that_a_cluster_does_not_hold_are_named_as_they_are_typed(
+    command: str, grows: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Nobody has typed how many workers; a run of two has."""
+    labels = {capacity.GROUP: "gpu"} if grows else {}
+    growth = capacity.Growth([capacity.Group("gpu", {"CPU": 8, "GPU": 1}, 1)])
+    monkeypatch.setattr(jobs, "connect", lambda address: None)
+    monkeypatch.setattr(jobs, "nodes", lambda address: [Node({"CPU": 8, "GPU": 1}, labels)])
+    monkeypatch.setattr(jobs, "growth", lambda *arguments: growth)
+    monkeypatch.setattr(tokens, "warning", lambda address: None)
+    words = ["submit", command, "quickstart", *THERE, "ray.num_workers=2", "ray.gpus_per_worker=1"]
+    assert main([*words, "--address", "http://head:8265"]) == 2
+    told = " ".join(capfd.readouterr().err.split())
+    room = f"2 workers need 2 GPUs, the cluster {'can have' if grows else 'has'} 1"
+    if command == "train":
+        assert f"ray.gpus_per_worker: got 1.0; {room}" in told
+    else:
+        assert f"--concurrency: got 2; the number of trials at a time, one worker each: {room}" in told
 
 
 def test_why_the_small_job_failed_that_asks_for_the_autoscaler(checkout: Path) -> None:
@@ -467,6 +517,49 @@ def test_a_job_tells_commands_as_they_were_typed(tmp_path: Path, monkeypatch: py
         monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
         typed = [word.removeprefix(f"{tmp_path}/") for word in words]
         assert command_line(inside, *options) == shlex.join(["hyperlora", "submit", *typed])
+
+
+@pytest.mark.parametrize("verbose", [[], ["-v"]])
+def test_a_verbose_command_has_a_verbose_job(verbose: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+
+    def send(client: Any, job: jobs.Job, console: Console) -> None:
+        sent.append(job)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(jobs, "connect", lambda address: None)
+    monkeypatch.setattr(jobs, "nodes", lambda address: [Node({"CPU": 8})])
+    monkeypatch.setattr(tokens, "warning", lambda address: None)
+    monkeypatch.setattr(doctor, "_here", lambda *arguments: iter(()))
+    monkeypatch.setattr(submit, "send", send)
+    monkeypatch.setattr(doctor, "send", send)
+    monkeypatch.setattr("pipelines.cli._quiet", lambda verbose: None)
+    to = ["--address", "http://head:8265", *verbose]
+    for words in (["submit", "train"], ["submit", "study"], ["doctor"]):
+        with pytest.raises(RuntimeError) if verbose else nullcontext():
+            main([*words, "quickstart", *THERE, *to])
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    for job in sent:
+        inside = parse_arguments([*job.words, *job.more])
+        assert inside.verbose is bool(verbose)
+        assert "-v" not in command_line(inside)
+    assert len(sent) == 3
+
+
+@pytest.mark.parametrize("at", ["main", "elsewhere"])
+def test_who_sends_mlflow_what_a_job_has_missed(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads it is seldom on the machine that keeps it."""
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    monkeypatch.setattr(train.tracking, "finished", lambda *arguments: None)
+    monkeypatch.setattr(train.os, "uname", lambda: Namespace(nodename=at))
+    output = StringIO()
+    recipe = load_recipe("quickstart", THERE)
+    train._leave_to_deliver(recipe, "1", "s3://bucket/runs/1", Console(file=output))
+    assert "is finished; hyperlora deliver sends what" in output.getvalue()
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    train._leave_to_deliver(recipe, "1", "s3://bucket/runs/1", Console(file=output))
+    told = f"the next run on this cluster that goes to this server, or hyperlora deliver on {at}, sends what MLflow"
+    assert told in output.getvalue()
 
 
 def test_what_is_not_installed_cannot_say_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
