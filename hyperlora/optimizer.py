@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 from weakref import WeakSet
@@ -221,7 +221,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
                 seed=seed,
             )
             live = self._live_tokens()
-            with products("ieee"):
+            with self._exactly():
                 self.source = GeneratedFactors(initial, networks, rule, self._adam_settings, live, direction)
         else:
             self.source = DirectFactors(initial, self._adam_settings, direction)
@@ -414,7 +414,10 @@ class HyperAdaLoRA(torch.optim.Optimizer):
     @contextmanager
     def _exactly(self) -> Iterator[None]:
         """What is computed in here has the precision of the factors, wherever the caller's loop calls it."""
-        with torch.autocast(self.mask.device.type, enabled=False), products("ieee"):
+        device = self.mask.device.type
+        # A model that is only measured computes nothing.
+        plain = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+        with plain, products("ieee"):
             yield
 
     def _step(self, metrics: Tensor | None) -> None:

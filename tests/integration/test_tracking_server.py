@@ -278,9 +278,11 @@ def test_a_run_that_is_interrupted_after_its_end_is_a_finished_one(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     words = ["train", str(recipe_file), "mlflow.enabled=true"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit none
     with monkeypatch.context() as patch:
         patch.setattr(MLflowSink if where == "close" else MlflowClient, where, interrupt)
         assert main(words) == 128 + signal.SIGINT
+    signal.signal(signal.SIGINT, before)
     (folder,) = (tmp_path / "runs").iterdir()
     told = f"the run in {folder} is finished; hyperlora deliver sends what MLflow does not know of it yet"
     assert told in " ".join(capfd.readouterr().out.split())
