@@ -20,6 +20,7 @@ from hyperlora import spool, tracking
 from hyperlora.config import MLflowConfig, Recipe
 from hyperlora.ownership import Lease
 from hyperlora.tracking import MLflowSink
+from pipelines import screens
 from pipelines.cli import main
 
 
@@ -284,7 +285,8 @@ def test_a_run_that_is_interrupted_after_its_end_is_a_finished_one(
         assert main(words) == 128 + signal.SIGINT
     signal.signal(signal.SIGINT, before)
     (folder,) = (tmp_path / "runs").iterdir()
-    told = f"the run in {folder} is finished; hyperlora deliver sends what MLflow does not know of it yet"
+    run = screens.local(str(folder))
+    told = f"the run in {run} is finished; hyperlora deliver sends what MLflow does not know of it yet"
     assert told in " ".join(capfd.readouterr().out.split())
     run_id = json.loads((folder / "run.json").read_text())["mlflow_run_id"]
     if killed:
