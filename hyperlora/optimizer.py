@@ -748,7 +748,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             if state_dict[name] != ours[name]:
                 what = f"{name.replace('_', ' ')} {state_dict[name]!r}, this run's is {ours[name]!r}"
                 raise ValueError(f"the state is of {what}")
-        if list(state_dict["modules"]) != [m.name for m in self.layout.modules]:
+        if list(state_dict["modules"]) != ours["modules"]:
             raise ValueError("the state is of a model with other adapted modules")
         if isinstance(self.source, GeneratedFactors) and state_dict["frozen"] != self.source.frozen:
             self._freeze(state_dict["frozen"])

@@ -127,7 +127,8 @@ class ParameterAdam(Adam):
     """AdamW of a model's own parameters.
 
     One of another precision is moved in ``dtype``, and the model has it rounded: a bfloat16 number to which small steps
-    are added stays where it is. Where a parameter's data was replaced, as casting a model does, the new data counts.
+    are added stays where it is. What others put in the place of a parameter's data, as casting a model does, or write
+    into it, counts.
 
     Args:
         parameters: on their final device; changed in place.

@@ -353,11 +353,9 @@ def recipe_with(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def _null_by_default(recipe: Recipe, key: str) -> bool:
-    *sections, name = key.split(".")
-    node: BaseModel = recipe
-    for section in sections:
-        node = getattr(node, section)
-    return type(node).model_fields[name].default is None
+    section, _, name = key.rpartition(".")
+    owner = _at(recipe, section) if section else recipe
+    return type(owner).model_fields[name].default is None
 
 
 def _crossed(points: Iterable[Values], domain: Domain) -> Iterator[Values]:
