@@ -35,8 +35,7 @@ from benchmarks.common import (
     write_json,
 )
 from hyperlora import HypernetworkSpec, Pruning, UpdateRule
-from hyperlora.hypernetworks import Kind
-from hyperlora.update_rules import Rule
+from hyperlora.settings import Kind, Rule
 
 PHASES = ("forward", "backward", "step")
 WARM_UP = 2

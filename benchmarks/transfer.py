@@ -28,8 +28,8 @@ from benchmarks.common import provenance, write_json
 from hyperlora import runs
 from hyperlora.comparison import interval, smoothed
 from hyperlora.config import METHODS, Recipe, RecipeError, parse
+from hyperlora.settings import Rule
 from hyperlora.training import RunInfo, train
-from hyperlora.update_rules import Rule
 from pipelines.common import load_recipe
 
 SOURCE_METHOD, SOURCE_SEED = "hyperlora", 0

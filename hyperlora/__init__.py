@@ -3,10 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hyperlora.hypernetworks import HypernetworkSpec
-    from hyperlora.optimizer import METHODS, HyperAdaLoRA, Method
+    from hyperlora.optimizer import HyperAdaLoRA
     from hyperlora.pruning import Pruning
-    from hyperlora.update_rules import AdamSettings, UpdateRule
+    from hyperlora.settings import METHODS, AdamSettings, HypernetworkSpec, Method, UpdateRule
     from hyperlora.warm_start import start_from
 
 __version__ = "0.1.0"
@@ -26,9 +25,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The names above when they are asked for: PyTorch takes seconds, and many commands do without it."""
     if name in __all__:
-        from hyperlora import hypernetworks, optimizer, pruning, update_rules, warm_start
+        from hyperlora import optimizer, pruning, settings, warm_start
 
-        for module in (hypernetworks, optimizer, pruning, update_rules, warm_start):
+        for module in (optimizer, pruning, settings, warm_start):
             if name in vars(module):
                 return vars(module)[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

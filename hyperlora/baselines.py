@@ -16,16 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from hyperlora.factors import AdaptedModule
-from hyperlora.optimizer import HyperAdaLoRA, Method
-from hyperlora.update_rules import Adam, AdamSettings, ParameterAdam, copy_state
+from hyperlora.optimizer import HyperAdaLoRA
+from hyperlora.settings import AdamSettings
+from hyperlora.update_rules import Adam, ParameterAdam, copy_state
 
-if TYPE_CHECKING:  # PEFT takes seconds to import, and whoever reads a recipe imports this file
+if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.adalora import RankAllocator
 
-BASELINES: dict[str, Method] = {"rslora": Method(), "eva": Method(), "peft-adalora": Method(singular_values=True)}
-#: Baselines that run on one worker: their gradients are in no flat buffer that could be averaged.
-SINGLE_WORKER = ("eva", "peft-adalora")
 ADAPTER = "default"
 PREFIX = "base_model.model."
 

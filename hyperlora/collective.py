@@ -11,9 +11,6 @@ from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 #: Seconds after which processes that have not come together are ended. Their imports alone may take half of it.
 LIMIT = 60.0
 #: Begins the line in which a process says why it ends.
@@ -72,6 +69,9 @@ def main(backend: str, at: str, number: int, rank: int, processes: int, limit: f
     Raises:
         RuntimeError: the sum is wrong, or the others do not come.
     """
+    import torch  # takes seconds, and whoever starts the processes may do without it
+    import torch.distributed as dist
+
     device = torch.device("cuda", number) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -18,12 +18,21 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
 from hyperlora import plain_yaml, uris
-from hyperlora.baselines import BASELINES, SINGLE_WORKER
-from hyperlora.hypernetworks import Freeze, HypernetworkSpec, Kind
-from hyperlora.optimizer import METHODS as FACTOR_METHODS
-from hyperlora.optimizer import Factorization, Initialization
 from hyperlora.pruning import BudgetPlan, Pruning, ResolvedPruning, Schedule, Score
-from hyperlora.update_rules import AdamSettings, Direction, Rule, UpdateRule
+from hyperlora.settings import (
+    BASELINES,
+    SINGLE_WORKER,
+    AdamSettings,
+    Direction,
+    Factorization,
+    Freeze,
+    HypernetworkSpec,
+    Initialization,
+    Kind,
+    Rule,
+    UpdateRule,
+)
+from hyperlora.settings import METHODS as FACTOR_METHODS
 
 LARGEST = 2**31 - 1
 #: Before the name of a model, or of a curve for the stall monitor, that ships with the package.

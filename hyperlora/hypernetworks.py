@@ -13,71 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Kind = Literal["attention", "mlp", "cnn"]
-Freeze = Literal["none", "trunk", "all"]
-CNN_KERNEL = 3
-
-
-@dataclass(frozen=True)
-class HypernetworkSpec:
-    """Kind and size of the three networks H_P, H_Λ, H_Q.
-
-    Attributes:
-        kind: ``attention`` (a BERT layer), ``mlp`` or ``cnn``.
-        hidden_size: h, width of a token inside the network.
-        heads: attention heads; must divide ``hidden_size``.
-        intermediate_size: f, inner width; ``None`` takes TinyBERT's ratio 1200/312 for attention and, for ``mlp`` and
-            ``cnn``, the width whose parameter count comes closest to that attention layer's.
-        layers: depth of the trunk.
-        per_layer: one network for each transformer layer instead of one shared by all.
-    """
-
-    kind: Kind = "attention"
-    hidden_size: int = 312
-    heads: int = 12
-    intermediate_size: int | None = None
-    layers: int = 1
-    per_layer: bool = False
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"hypernetwork kind {self.kind!r} is unknown; allowed: {', '.join(get_args(Kind))}")
-        for name in ("hidden_size", "heads", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"hypernetwork {name}={getattr(self, name)}; allowed: 1 or more")
-
-    @property
-    def inner(self) -> int:
-        """f with ``None`` resolved."""
-        if self.intermediate_size is not None:
-            return self.intermediate_size
-        attention_inner = round(self.hidden_size * 1200 / 312)
-        if self.kind == "attention":
-            return attention_inner
-        h = self.hidden_size
-        goal = replace(self, kind="attention").trunk_parameters
-        # Solve the count below for f: it is linear in f for both kinds.
-        width = 2 * h + 1 if self.kind == "mlp" else 2 * CNN_KERNEL * h + 1
-        return max(1, round((goal / self.layers - 3 * h) / width))
-
-    @property
-    def trunk_parameters(self) -> int:
-        """Parameters of one trunk (one network, one group)."""
-        h, f = self.hidden_size, self.inner
-        if self.kind == "attention":
-            each = 4 * h * h + 4 * h + 2 * h * f + f + h + 4 * h
-        elif self.kind == "mlp":
-            each = 2 * h * f + f + h + 2 * h
-        else:
-            each = 2 * CNN_KERNEL * h * f + f + h + 2 * h
-        return self.layers * each
+from hyperlora.settings import CNN_KERNEL, Freeze, HypernetworkSpec
 
 
 class _GroupLinear(nn.Module):

@@ -14,8 +14,8 @@ import random
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import asdict
+from typing import Any, get_args
 from weakref import WeakSet
 
 import torch
@@ -24,24 +24,28 @@ from torch import Tensor, nn
 
 from hyperlora import orthogonality
 from hyperlora.factors import ROUNDING, FactorLayout, Factors, adapted_modules
-from hyperlora.hypernetworks import HypernetworkSpec
-from hyperlora.pruning import BudgetPlan, Pruning, Smoothed, prune_to
-from hyperlora.update_rules import (
+from hyperlora.masks import Smoothed, prune_to
+from hyperlora.pruning import BudgetPlan, Pruning
+from hyperlora.settings import (
+    METHODS,
     AdamSettings,
-    DirectFactors,
     Direction,
+    Factorization,
+    HypernetworkSpec,
+    Initialization,
+    UpdateRule,
+)
+from hyperlora.update_rules import (
+    DirectFactors,
     FactorSource,
     GeneratedFactors,
     LearningRates,
     ParameterAdam,
-    UpdateRule,
     build_networks,
     copy_state,
     products,
 )
 
-Initialization = Literal["orthonormal", "gaussian"]
-Factorization = Literal["triplet", "fused"]
 #: γ of triplets when none is given; AdaLoRA's range for GLUE is 0.1 to 0.3.
 GAMMA = 0.1
 #: Learning rate of hypernetworks over that of direct factors under ``hybrid``.
@@ -63,39 +67,6 @@ def _own_tensors(module: nn.Module, state: dict[str, Tensor], prefix: str, _meta
         adapter = name.startswith(prefix) and (".lora_A." in name or ".lora_B." in name)
         if module in _STACKED and adapter and not isinstance(tensor, nn.Parameter):  # as they are with keep_vars
             state[name] = tensor.clone()
-
-
-@dataclass(frozen=True)
-class Method:
-    """What one method name stands for: the factors it has and where they come from.
-
-    Attributes:
-        singular_values: P, λ, Q with pruning and penalty (AdaLoRA), or B, A alone (LoRA).
-        hypernetwork: the factors are generated instead of optimized directly.
-        dora: PEFT's weight-decomposed layers; the magnitudes are optimized directly (arXiv 2402.09353).
-        truncated: each step trains a random number of leading directions (DyLoRA, arXiv 2210.07558).
-    """
-
-    singular_values: bool = False
-    hypernetwork: bool = False
-    dora: bool = False
-    truncated: bool = False
-
-    def fuses(self, factorization: Factorization | None) -> bool:
-        """Whether λ and Q are one tensor; ``None`` is fused for generated factors and triplets for direct ones."""
-        return self.singular_values and (factorization or ("fused" if self.hypernetwork else "triplet")) == "fused"
-
-
-METHODS: dict[str, Method] = {
-    "lora": Method(),
-    "dora": Method(dora=True),
-    "dylora": Method(truncated=True),
-    "adalora": Method(singular_values=True),
-    "hyperlora": Method(hypernetwork=True),
-    "hyperdora": Method(hypernetwork=True, dora=True),
-    "hyperdylora": Method(hypernetwork=True, truncated=True),
-    "hyperadalora": Method(singular_values=True, hypernetwork=True),
-}
 
 
 class HyperAdaLoRA(torch.optim.Optimizer):

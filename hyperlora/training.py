@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hyperlora import checkpoint, ownership, packed, storage
 from hyperlora.adapters import build_model, load_tokenizer
-from hyperlora.baselines import SINGLE_WORKER, AdapterOptimizer, PeftAdaLoRA, UnequalLoRA
+from hyperlora.baselines import AdapterOptimizer, PeftAdaLoRA, UnequalLoRA
 from hyperlora.checkpoint import Checkpoint, RefusedError
 from hyperlora.config import OptimizerConfig, Problem, Recipe, RecipeError, schedule_problems
 from hyperlora.eva import EVA_BATCHES, redistribute_ranks
@@ -30,6 +30,7 @@ from hyperlora.export import PlainAdapter, adapter_files, plain_adapter, write_a
 from hyperlora.monitors import Monitors, MonitorWarning, monitors_of
 from hyperlora.optimizer import HyperAdaLoRA
 from hyperlora.ownership import Lease
+from hyperlora.settings import SINGLE_WORKER
 from hyperlora.stopping import NonFiniteError, NotStoredError, StoppedError
 from hyperlora.storage import patiently
 from hyperlora.tasks import Task, build_task

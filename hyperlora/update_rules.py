@@ -19,55 +19,19 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from hyperlora.factors import FactorLayout, Factors
-from hyperlora.hypernetworks import HypernetworkSpec, HypernetworkTriple
+from hyperlora.hypernetworks import HypernetworkTriple
 from hyperlora.polar import polar
+from hyperlora.settings import AdamSettings, Direction, HypernetworkSpec, UpdateRule
 
-Direction = Literal["adam", "orthogonal"]
 #: What AdamW's updates usually measure (arXiv 2502.16982, section 2.2), so that its learning rates carry over.
 UPDATE_RMS = 0.2
-Rule = Literal["generate", "residual", "friction", "anchored", "reanchored", "hybrid"]
-
-
-@dataclass(frozen=True)
-class UpdateRule:
-    """The rule and its constants.
-
-    Attributes:
-        name: see the module's docstring.
-        scale: a.
-        friction: μ, for ``friction`` only: momentum is 1 - μ.
-        reanchor_every: K, in optimizer steps, for ``reanchored`` only.
-        every: K, in optimizer steps, for ``hybrid`` only: Φ moves by the gradient of every K-th step.
-    """
-
-    name: Rule = "hybrid"
-    scale: float = 1.0
-    friction: float = 0.1
-    reanchor_every: int = 50
-    every: int = 8
-
-    def __post_init__(self) -> None:
-        if self.name not in get_args(Rule):
-            raise ValueError(f"update rule {self.name!r} is unknown; allowed: {', '.join(get_args(Rule))}")
-        for name in ("every", "reanchor_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1 step")
-
-
-@dataclass(frozen=True)
-class AdamSettings:
-    """Constants of AdamW (arXiv 1711.05101)."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
 
 
 class Adam:

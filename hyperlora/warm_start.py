@@ -17,8 +17,8 @@ from torch import Tensor
 from hyperlora import checkpoint
 from hyperlora.checkpoint import Checkpoint
 from hyperlora.config import Problem, RecipeError
-from hyperlora.hypernetworks import Freeze, HypernetworkSpec
 from hyperlora.optimizer import HyperAdaLoRA
+from hyperlora.settings import Freeze, HypernetworkSpec
 from hyperlora.update_rules import GeneratedFactors
 
 FIELD = "hypernetwork.init_from"

@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import build_batch
 
 from hyperlora import HyperAdaLoRA, Pruning
+from hyperlora.masks import prune_to
 from hyperlora.orthogonality import penalty
-from hyperlora.pruning import BudgetPlan, prune_to
+from hyperlora.pruning import BudgetPlan
 
 SHAPES = {"first": (8, 6), "second": (8, 10), "third": (5, 6)}
 # With these, three triplets come back after an event zeroed them.

@@ -11,8 +11,7 @@ from torch.func import functional_call
 
 from hyperlora import METHODS, HyperAdaLoRA, HypernetworkSpec, Pruning, UpdateRule
 from hyperlora.factors import Factors
-from hyperlora.hypernetworks import Kind
-from hyperlora.optimizer import Factorization
+from hyperlora.settings import Factorization, Kind
 from hyperlora.update_rules import GeneratedFactors
 
 

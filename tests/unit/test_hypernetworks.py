@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hyperlora.factors import FactorLayout, adapted_modules
-from hyperlora.hypernetworks import Hypernetwork, HypernetworkSpec
-from hyperlora.update_rules import UpdateRule, build_networks
+from hyperlora.hypernetworks import Hypernetwork
+from hyperlora.settings import HypernetworkSpec, UpdateRule
+from hyperlora.update_rules import build_networks
 
 KINDS = ("attention", "mlp", "cnn")
 DIMS, COUNTS, RANK = (6, 10), (4, 2), 5

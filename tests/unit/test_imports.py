@@ -101,9 +101,20 @@ def test_the_library_needs_neither_ray_nor_mlflow() -> None:
 
 def test_listing_recipes_and_refusing_one_to_train_import_nothing_that_takes_seconds() -> None:
     done = python(
-        "import sys; sys.modules |= dict.fromkeys(('peft', 'transformers', 'datasets', 'ray', 'mlflow', 'optuna'))\n"
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'datasets', 'ray', 'mlflow', 'optuna'))\n"
         "from pipelines.cli import main\n"
         "print('statuses', main(['recipes']), main(['train', 'quikstart']))"
     )
     assert done.stdout.splitlines()[-1:] == ["statuses 0 2"], done.stderr
     assert done.stderr.count("RECIPE: got 'quikstart'") == 1
+
+
+@pytest.mark.parametrize(
+    "command", ["jobs", "logs some", "stop some", "submit train quickstart storage.uri=/shared mlflow.enabled=false"]
+)
+def test_asking_a_cluster_imports_no_pytorch(command: str) -> None:
+    done = python(
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'datasets', 'mlflow', 'optuna'))\n"
+        f"from pipelines.cli import main; main('{command} --address http://127.0.0.1:1'.split())"
+    )
+    assert "--address: got 'http://127.0.0.1:1'" in done.stderr

@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hyperlora import METHODS, HyperAdaLoRA, Pruning, update_rules
-from hyperlora.hypernetworks import HypernetworkSpec
+from hyperlora.masks import prune_to
 from hyperlora.optimizer import LOOK
 from hyperlora.polar import polar
-from hyperlora.pruning import prune_to
+from hyperlora.settings import HypernetworkSpec
 from hyperlora.update_rules import LearningRates
 
 STEPS = 30

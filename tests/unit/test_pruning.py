@@ -6,7 +6,8 @@ import pytest
 import torch
 from models import build_llama, build_optimizer, train_steps
 
-from hyperlora.pruning import BudgetPlan, Pruning, Smoothed, prune_to
+from hyperlora.masks import Smoothed, prune_to
+from hyperlora.pruning import BudgetPlan, Pruning
 
 
 def alive(rows: list[list[int]]) -> torch.Tensor:

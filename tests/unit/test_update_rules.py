@@ -8,7 +8,7 @@ from models import RULES, build_llama
 from torch import Tensor
 
 from hyperlora.factors import FactorLayout, Factors, adapted_modules
-from hyperlora.hypernetworks import HypernetworkSpec
+from hyperlora.settings import HypernetworkSpec
 from hyperlora.update_rules import (
     Adam,
     AdamSettings,
