@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, get_args
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 import torch.distributed as dist
@@ -52,10 +52,14 @@ GAMMA = 0.1
 BESIDE = 0.05
 #: Steps between two looks at the count of skipped ones.
 LOOK = 20
+#: Steps between two times that the processes of a group take over the state of the first.
+AGREE = 100
 #: Of the largest entry, by which weights that two processors made from one seed may differ.
 UNLIKE = 1e-5
 #: Models whose adapters are views of stacked buffers; a copy of one is none of them.
 _STACKED: WeakSet[nn.Module] = WeakSet()
+#: Models that DyLoRA trains, and by which optimizer; a copy of one is none of them.
+_TRUNCATING: WeakKeyDictionary[nn.Module, ref[HyperAdaLoRA]] = WeakKeyDictionary()
 
 
 def _own_tensors(module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
@@ -67,6 +71,20 @@ def _own_tensors(module: nn.Module, state: dict[str, Tensor], prefix: str, _meta
         adapter = name.startswith(prefix) and (".lora_A." in name or ".lora_B." in name)
         if module in _STACKED and adapter and not isinstance(tensor, nn.Parameter):  # as they are with keep_vars
             state[name] = tensor.clone()
+
+
+def _show(module: nn.Module, truncated: bool) -> None:
+    optimizer = _TRUNCATING[module]() if module in _TRUNCATING else None
+    if optimizer is not None:
+        optimizer.show(truncated)
+
+
+def _match_mode(module: nn.Module, _inputs: Any) -> None:
+    _show(module, module.training)
+
+
+def _show_all(module: nn.Module, _prefix: str, _keep: bool) -> None:
+    _show(module, False)
 
 
 class HyperAdaLoRA(torch.optim.Optimizer):
@@ -167,6 +185,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         self._max_grad_norm = max_grad_norm
         self._seed = seed
         self._process_group = process_group
+        self._agreed = process_group is None
 
         device = modules[0].a.device
         dtype = modules[0].a.dtype if modules[0].a.dtype.itemsize >= 4 else torch.float32
@@ -176,26 +195,15 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         count, rank = len(modules), self.layout.rank
         self.steps_done = 0
         self.mask = torch.ones(count, rank, dtype=torch.bool, device=device)
+        if pruning is not None and pruning.schedule != "none" and target_rank is None and self.method.singular_values:
+            raise ValueError(f"pruning={pruning.schedule!r} needs target_rank, the mean rank at the end")
         self.plan = self._plan(pruning or Pruning(), count * rank, target_rank, total_steps)
         self.live = count * rank
 
-        initial = self._initial_factors(initialization, dtype)
-        self.source: FactorSource
         #: Kind and size of the hypernetworks; None for direct factors.
         self.hypernetwork = (hypernetwork or HypernetworkSpec()) if self.method.hypernetwork else None
-        if self.hypernetwork is not None:
-            networks = build_networks(
-                self.layout,
-                self.hypernetwork,
-                start=self._start(),
-                rule=rule,
-                seed=seed,
-            )
-            live = self._live_tokens()
-            with self._exactly():
-                self.source = GeneratedFactors(initial, networks, rule, self._adam_settings, live, direction)
-        else:
-            self.source = DirectFactors(initial, self._adam_settings, direction)
+        with torch.device("cpu"):  # where one seed gives the same numbers, whatever the program's own default is
+            self.source = self._build_source(self._initial_factors(initialization, dtype))
 
         owned = {id(p) for m in modules for p in (m.a, m.b)}
         self._other = [p for p in model.parameters() if p.requires_grad and id(p) not in owned]
@@ -223,11 +231,11 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         #: Device tensors of the last step: loss-like ``metrics`` averaged over workers, ``grad_norm``, ``found_inf``,
         #: ``penalty`` and ``importance`` (M, r). Read them when a host synchronisation does not hurt.
         self.stats: dict[str, Tensor] = {}
-        self._full_rank_written = True
+        self._truncated_written = False
         self._versions: list[int] = []
         self._skipped = torch.zeros((), device=device)
         self._skipped_told = 0
-        self._skipped_seen = torch.zeros((), pin_memory=device.type == "cuda")
+        self._skipped_seen = torch.zeros((), device="cpu", pin_memory=device.type == "cuda")
         self._complete = True
         self._install_hooks(model)
         self._write()
@@ -297,6 +305,14 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         q = [directions(len(c.members), c.dim, c.buffer.device).transpose(1, 2).contiguous() for c in inputs]
         return Factors(p, torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device), q)
 
+    def _build_source(self, initial: Factors) -> FactorSource:
+        if self.hypernetwork is None:
+            return DirectFactors(initial, self._adam_settings, self.direction)
+        networks = build_networks(self.layout, self.hypernetwork, start=self._start(), rule=self.rule, seed=self._seed)
+        live = self._live_tokens()
+        with self._exactly():
+            return GeneratedFactors(initial, networks, self.rule, self._adam_settings, live, self.direction)
+
     def _start(self) -> tuple[float, float | None, float]:
         """Norm of generated columns of P, of λ (None: no H_Λ) and of generated rows of Q or S under ``generate``."""
         if not self.method.singular_values:
@@ -339,18 +355,15 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             inner.register_state_dict_post_hook(_own_tensors)
         if not self.method.truncated:
             return
-
-        def match_mode(module: nn.Module, _inputs: Any) -> None:
-            if module.training == self._full_rank_written and not self._changed():
-                self._write(full_rank=not module.training)
-
-        def full_rank(_module: nn.Module, _prefix: str, _keep: bool) -> None:
-            if not self._changed():
-                self._write(full_rank=True)
-
         for module in {id(m): m for m in (model, inner)}.values():
-            module.register_forward_pre_hook(match_mode)
-            module.register_state_dict_pre_hook(full_rank)
+            _TRUNCATING[module] = ref(self)
+            module.register_forward_pre_hook(_match_mode)
+            module.register_state_dict_pre_hook(_show_all)
+
+    def show(self, truncated: bool) -> None:
+        """DyLoRA: have the weights hold the directions that the next step trains, or all of them."""
+        if truncated != self._truncated_written and not self._changed():
+            self._write(truncated)
 
     # ---------------------------------------------------------------- the step
 
@@ -426,6 +439,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             self._zero(factors, zeroed)
         self._adam_other.step(self._grad_other, other_group["lr"], found_inf)
         self.steps_done += 1
+        if not self._agreed or (self._process_group is not None and self.steps_done % AGREE == 0):
+            self._agree()
         self._write()
 
     def _collect(self, metrics: Tensor | None) -> None:
@@ -452,6 +467,25 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             self._flat.div_(dist.get_world_size(self._process_group))
         if metrics is not None:
             self.stats["metrics"] = self._flat[-self._metric_slots :][: metrics.numel()].clone()
+
+    def _agree(self) -> None:
+        """Take over the state of the group's first process.
+
+        Averaged gradients are the same everywhere, but processors of two kinds round products otherwise, and where a
+        gradient is nothing but rounding, as the penalty's of P and Q that start orthonormal, Adam's step is not small.
+        """
+        assert self._process_group is not None
+        for tensor in self._tensors().values():
+            if tensor.device == self.mask.device:  # a count of steps is the host's
+                self._first_has(tensor)
+        self.source.restored(self._live_tokens())
+        self._agreed = True
+
+    def _first_has(self, tensor: Tensor) -> None:
+        """What the group's first process has in ``tensor``, in all of them."""
+        if self._process_group is not None:
+            data = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+            dist.broadcast(data, group=self._process_group, group_src=0)
 
     def _norm_and_clip(self) -> tuple[Tensor, Tensor]:
         gradients = self._flat[: -self._metric_slots]
@@ -538,7 +572,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         if budget is None:
             return None
         before = self.plan.initial if self._pruning.reactivation else self.live
-        kept = prune_to(self.mask, score, before, budget)
+        kept = prune_to(self.mask, score, before, budget).contiguous()
+        self._first_has(kept)
         self.live = min(self.live, budget)
         if self._pruning.reactivation and self.steps_done + 1 < self.plan.last:
             return ~kept
@@ -570,8 +605,8 @@ class HyperAdaLoRA(torch.optim.Optimizer):
         return [*by_class[:n], self.mask, *by_class[n:]]
 
     @torch.no_grad()
-    def _write(self, full_rank: bool = False) -> None:
-        """Put the factors into lora_A and lora_B."""
+    def _write(self, truncated: bool = False) -> None:
+        """Put the factors into lora_A and lora_B: all of them, or as DyLoRA's forward pass of training sees them."""
         for shape_class in self.layout.classes:
             if not shape_class.attached():
                 shape_class.attach()
@@ -581,9 +616,9 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             gain = factors.lam * self.mask
         elif self.fused:
             gain = self.mask.to(self._flat.dtype)
-        elif self.method.truncated and not full_rank:
+        elif truncated:
             gain = self._truncation()
-        self._full_rank_written = full_rank
+        self._truncated_written = truncated
         self.layout.write(factors, gain)
         self._versions = self.layout.versions()
 
@@ -599,7 +634,7 @@ class HyperAdaLoRA(torch.optim.Optimizer):
             return False
         found = [torch.stack([w.detach() for w in c.weights]) for c in classes]
         dtypes = [c.buffer.dtype for c in classes]
-        self._write(self._full_rank_written)
+        self._write(self._truncated_written)
         for shape_class, weights, dtype in zip(classes, found, dtypes, strict=True):
             ours = shape_class.buffer
             # A cast may have rounded what the factors hold in full, and another processor's kernels round otherwise.

@@ -26,7 +26,7 @@ def polar(rows: Sequence[Tensor]) -> list[Tensor]:
 
     Newton-Schulz on the r x r Gram matrices alone: an iteration multiplies X by a polynomial of X Xᵀ, and these
     commute, so that the products can be gathered before X is touched. One batch for all shapes. Singular values below
-    about a thousandth of the largest stay smaller than one; a zero row or matrix stays zero.
+    a 780th of the matrix's Frobenius norm stay smaller than one; a zero row or matrix stays zero.
 
     Args:
         rows: per shape class (m, r, d), r <= d, at least float32.

@@ -151,16 +151,16 @@ def _row_problems(recipe: Recipe, task: Task, model: PreTrainedModel) -> list[Pr
     for part in PARTS:
         if not packed.count(part, "targets"):
             rows = packed.count(part, "rows")
-            why = f"in {rows} of {rows} the prompt alone fills task.max_length tokens"
-            if recipe.task.kind != "generation":
-                why = f"{rows} of {rows} have no text"
+            why = f"{rows} of {rows} have no text"
+            if recipe.task.kind in ("generation", "completion"):
+                why = f"in {rows} of {rows} the prompt alone fills task.max_length tokens"
             allowed = f"rows with something to learn: {why}"
             problems.append(Problem(f"data.{part}", getattr(recipe.data, part) or recipe.data.source, allowed))
     unanswered, rows = (packed.count("eval", name) for name in ("unanswered", "rows"))
     if recipe.task.kind == "generation" and unanswered == rows:
         allowed = (
             f"rows with a final answer, such as #### 12, in column {recipe.data.completion}: none of {rows} has one, "
-            "and exact match would be 0; task.kind=language-modeling needs none"
+            "and exact match would be 0; task.kind=completion needs none"
         )
         problems.append(Problem("data.eval", recipe.data.eval or recipe.data.source, allowed))
     return problems
@@ -301,7 +301,7 @@ def _key_width(config: PretrainedConfig) -> int:
 def _activations(recipe: Recipe, task: Task, model: PeftModel, layers: int, hidden: int) -> int:
     width = torch.empty((), dtype=getattr(torch, recipe.model.dtype)).element_size()
     packed = task.packed
-    per_pass = recipe.training.batch_size // recipe.ray.fewest // recipe.training.gradient_accumulation
+    per_pass = -(-recipe.training.batch_size // (recipe.ray.fewest * recipe.training.gradient_accumulation))
     tokens = per_pass * min(recipe.task.max_length, packed.count("train", "longest"))
     copied = 4 * sum(m.in_features or 0 for m in model.modules() if isinstance(m, LoraLayer)) if width < 4 else 0
     every_layer = 34 * hidden * width // 2 * layers + copied

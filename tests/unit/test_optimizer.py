@@ -20,7 +20,7 @@ from safetensors.torch import load_file, load_model, save_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hyperlora import METHODS, HyperAdaLoRA, Pruning, update_rules
+from hyperlora import METHODS, HyperAdaLoRA, Pruning, orthogonality, update_rules
 from hyperlora.masks import prune_to
 from hyperlora.optimizer import LOOK
 from hyperlora.polar import polar
@@ -161,6 +161,40 @@ def test_dylora_trains_truncated_and_shows_the_full_rank(method: str) -> None:
     torch.testing.assert_close(other.eval()(input_ids=ids).logits, evaluated)
 
 
+@pytest.mark.parametrize("method", ["dylora", "hyperdylora"])
+def test_dylora_merges_all_directions(method: str) -> None:
+    model = build_llama()
+    optimizer = build_optimizer(model, method)
+    train_steps(model, optimizer, 3)
+    ids = build_batch()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "base_layer" in n}
+    merged = copy.deepcopy(model).merge_and_unload()
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(merged.eval()(input_ids=ids).logits, expected)
+        model.merge_adapter()
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+        model.unmerge_adapter()
+    for name, parameter in model.named_parameters():
+        if name in before:
+            torch.testing.assert_close(parameter.detach(), before[name])
+
+
+def test_a_copy_of_what_dylora_trains_leaves_the_original_alone() -> None:
+    model = build_llama()
+    optimizer = build_optimizer(model, "dylora")
+    ids = build_batch()
+    train_steps(model, optimizer, 3)
+    while (wanted := int(optimizer._truncation()[0].sum())) == optimizer.layout.rank:
+        train_steps(model, optimizer, 1)
+    copied = copy.deepcopy(model).eval()
+    model.train()
+    model(input_ids=ids)
+    copied(input_ids=ids)
+    copied.state_dict()
+    assert {int((m.a.detach().abs().sum(1) > 0).sum()) for m in optimizer.layout.modules} == {wanted}
+
+
 # ---------------------------------------------------------------- steps that must not be taken
 
 
@@ -269,6 +303,85 @@ def test_two_processes_are_one_and_a_bad_step_of_one_is_skipped_by_both(method: 
     assert one["losses"][11] == pytest.approx(train_steps(model, optimizer, 1)[0], abs=2e-6)
 
 
+def rounding(rank: int, folder: str, method: str) -> None:
+    """Of two processes the second rounds products otherwise, as another kind of processor does."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    if rank == 1:
+        exact, product = orthogonality.penalty, update_rules.polar
+        rng = torch.Generator().manual_seed(0)
+
+        def near(x: torch.Tensor) -> torch.Tensor:
+            return x + 1e-8 * torch.empty_like(x).normal_(generator=rng)
+
+        def penalty(*given: Any) -> Any:
+            value, slopes = exact(*given)
+            return value, [near(s) for s in slopes]
+
+        orthogonality.penalty = penalty
+        update_rules.polar = lambda rows: [near(x) for x in product(rows)]
+    model = build_llama(dtype=torch.float32)
+    optimizer = build_optimizer(model, method, process_group=dist.group.WORLD)
+    ids = build_batch().chunk(2)[rank]
+    for _ in range(30):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save({"adapter": adapter(model), "mask": optimizer.mask}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["adalora", "hyperadalora"])
+def test_processors_that_round_otherwise_train_one_model(method: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(rounding, (folder, method), nprocs=2, start_method=FORKSERVER.get_start_method())
+        one, two = (torch.load(Path(folder) / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(one["mask"], two["mask"])
+    for name, tensor in one["adapter"].items():
+        assert (tensor - two["adapter"][name]).abs().max() < 1e-4, name
+
+
+def test_the_state_of_the_first_process_is_taken_over_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            model = build_llama()
+            optimizer = build_optimizer(model, process_group=dist.group.WORLD)
+            agreed: list[int] = []
+            monkeypatch.setattr(optimizer, "_first_has", lambda tensor: agreed.append(optimizer.steps_done))
+            monkeypatch.setattr("hyperlora.optimizer.AGREE", 5)
+            train_steps(model, optimizer, 12)
+        finally:
+            dist.destroy_process_group()
+    # At pruning events of the mask alone, before the step counts.
+    events = {step - 1 for step in optimizer.plan.events if step <= 12}
+    assert {1, 5, 10} <= set(agreed) <= {1, 5, 10} | events
+    assert all(agreed.count(step) > 10 for step in (1, 5, 10))
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "hyperadalora"])
+def test_the_programs_default_device_does_not_matter(method: str) -> None:
+    model = build_llama()
+    wanted = adapter_of(build_optimizer(build_llama(), method))
+    torch.set_default_device("meta")
+    try:
+        found = adapter_of(build_optimizer(model, method))
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def adapter_of(optimizer: HyperAdaLoRA) -> list[torch.Tensor]:
+    return [t.detach().clone() for m in optimizer.layout.modules for t in (m.a, m.b)]
+
+
+def test_pruning_without_a_target_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs target_rank"):
+        build_optimizer(build_llama(), target_rank=None)
+    assert build_optimizer(build_llama(), target_rank=None, pruning=Pruning(schedule="none")).plan.events == {}
+    assert build_optimizer(build_llama(), target_rank=None, pruning=None).plan.events == {}
+
+
 def cast_worker(rank: int, folder: str, method: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -356,10 +469,11 @@ def test_a_saved_model_is_whole(tmp_path: Path) -> None:
     assert all(t is live[n] for n, t in model.state_dict(keep_vars=True).items() if n in live)
 
 
-def test_a_model_with_an_optimizer_is_pickled_copied_and_wrapped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["hyperadalora", "dylora"])
+def test_a_model_with_an_optimizer_is_pickled_copied_and_wrapped(tmp_path: Path, method: str) -> None:
     model = build_llama()
     wrapper = torch.nn.ModuleDict({"module": model})
-    build_optimizer(wrapper)
+    build_optimizer(wrapper, method)
     torch.save(model, tmp_path / "model.pt")
     # Built over a wrapper, the model itself can be saved as well.
     save_model(model, str(tmp_path / "model.safetensors"))

@@ -27,6 +27,17 @@ def test_directions_that_resemble_each_other_are_told_apart() -> None:
     assert values.max() < 1.05
 
 
+@pytest.mark.parametrize(("part", "lowest"), [(780, 0.994), (1260, 0.9), (3050, 0.5)])
+def test_how_small_a_singular_value_may_be(part: int, lowest: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 64, generator=rng, dtype=torch.float64)).Q for n in (64, 256))
+    values = torch.full((64,), 1 / part, dtype=torch.float64)
+    values[:32] = ((1 - 32 / part**2) / 32) ** 0.5
+    found = torch.linalg.svdvals(polar([(left * values @ right.T)[None]])[0])
+    assert lowest - 1e-3 < found.min() < lowest + 6e-3
+    assert found.max() < 1 + 1e-9
+
+
 def test_the_length_of_the_input_does_not_matter() -> None:
     x = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(polar([1e-12 * x])[0], polar([1e6 * x])[0], rtol=1e-3, atol=1e-4)
