@@ -311,16 +311,19 @@ def growth(client: JobSubmissionClient, job: Job) -> Growth | None:
     Raises:
         RecipeError: the small job failed, or has not ended after minutes.
     """
-    small_job = replace(job, env=())
+    small_job = replace(job, env=(), install=False)
     with tempfile.TemporaryDirectory() as folder:
         pack(small_job, Path(folder))
         runtime, what = _runtime(small_job, Path(folder)), "(how far the autoscaler goes)"
+        if job.install:
+            # All that it imports and a head that takes jobs may lack: the rest takes minutes.
+            runtime["pip"] = [f"fsspec=={_installed('fsspec')}"]
         small = _sent(client, "python -m hyperlora.autoscaling", runtime, what, lambda reason: None)
     deadline, status, told = time.monotonic() + LOST, JobStatus.PENDING, None
     while status not in ENDED and time.monotonic() < deadline:
         with suppress(RequestException):
             found = client.get_job_info(small)
-            status, told = found.status, reason(found)
+            status, told = found.status, reason(found) if found.status in ENDED else found.message
         time.sleep(0.5)
     text = client.get_job_logs(small)
     if status not in ENDED:
@@ -329,7 +332,8 @@ def growth(client: JobSubmissionClient, job: Job) -> Growth | None:
         return autoscaling.read(text)
     except ValueError as error:
         last = (told or text).strip().rpartition("\n")[2]
-        allowed = f"a cluster whose head runs jobs; the one that asks for its autoscaler {status.value.lower()}: {last}"
+        state = f"{'' if status in ENDED else 'is still '}{status.value.lower()}"
+        allowed = f"a cluster whose head runs jobs; the one that asks for its autoscaler {state}: {last}"
         raise RecipeError([Problem("job", small, allowed)]) from error
 
 
@@ -340,32 +344,41 @@ def follow(address: str, job_id: str, show: Callable[[str], None], lost: Callabl
         address: of the cluster's dashboard.
         job_id: of the job.
         show: gets new output.
-        lost: told why the connection was lost.
+        lost: told what cannot be reached, and why, when it is tried again.
 
     Raises:
         NoSuchJobError: there is no such job.
-        RecipeError: the cluster has not answered for ten minutes.
+        RecipeError: the cluster has not answered for ten minutes, or not told what the job, which runs, has written.
     """
-    shown, lost_since = 0, None
+    shown, lost_since, ended = 0, None, None
     while True:
         try:
             client = connect(address)
             job = known(client, job_id, address)
+            ended = job if job.status in ENDED else None
+            if new := client.get_job_logs(job_id)[shown:]:
+                shown += len(new)
+                show(new)
             lost_since = None
-            if job.status in ENDED:
-                show(client.get_job_logs(job_id)[shown:])
-                return job
-            for text in _tail(client, job_id, shown):
-                shown += len(text)
-                show(text)
+            if ended is not None:
+                return ended
+            # Sooner than by asking again; where something on the way lets no WebSocket through, that has to do.
+            with suppress(RuntimeError, aiohttp.ClientError, OSError):
+                for new in _tail(client, job_id, shown):
+                    shown += len(new)
+                    show(new)
         except NoSuchJobError:
             raise
         except (RecipeError, RuntimeError, aiohttp.ClientError, OSError) as error:
+            why = first_line(error)
             if lost_since is None:
-                lost(first_line(error))
+                what = "connection lost" if ended is None else "the job has ended, but its output cannot be read"
+                lost(f"{what} ({why}); {'the job goes on, ' if ended is None else ''}trying again")
                 lost_since = time.monotonic()
             if time.monotonic() - lost_since > LOST:
-                allowed = f"a cluster that answers; it has not for {LOST / 60:.0f} minutes ({first_line(error)})"
+                if ended is not None:
+                    return ended
+                allowed = f"a cluster that answers; it has not for {LOST / 60:.0f} minutes ({why})"
                 raise RecipeError([Problem("--address", address, allowed)]) from error
         time.sleep(RETRY)
 

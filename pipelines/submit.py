@@ -217,10 +217,9 @@ def follow(address: str, job_id: str, console: Console) -> JobDetails:
         within_line = not text.endswith("\n")
         console.print(Text.from_ansi(text.removesuffix("\n")), end="\n" if text.endswith("\n") else "", soft_wrap=True)
 
-    def lost(reason: str) -> None:
+    def lost(told: str) -> None:
         start = "\n" if within_line else ""
-        told = f"{start}connection lost ({reason}); the job goes on, trying again"
-        console.print(Text(told, "yellow"), soft_wrap=True)
+        console.print(Text(f"{start}{told}", "yellow"), soft_wrap=True)
 
     try:
         ended = jobs.follow(address, job_id, show, lost)

@@ -24,6 +24,8 @@ class Dashboard:
         message: that Ray has for its state.
         exit_code: of its command; None: Ray has not seen it end.
         failing: status of every answer about the job instead of 200.
+        hidden: status of every answer with its output instead of 200.
+        sockets: whether what is on the way lets WebSockets through.
         token: that it asks for; empty for none.
         stops: times that it was told to stop the job.
     """
@@ -32,7 +34,8 @@ class Dashboard:
         self.status, self.text, self.kind = "RUNNING", "", "SUBMISSION"
         self.message = "Job is currently running."
         self.exit_code: int | None = None
-        self.quiet, self.failing = False, 0
+        self.quiet, self.failing, self.hidden = False, 0, 0
+        self.sockets = True
         self.token, self.stops = "", 0
         self._end = asyncio.Event()
         self.url = f"http://127.0.0.1:{free_port()}"
@@ -56,9 +59,13 @@ class Dashboard:
         return web.json_response({"stopped": True})
 
     async def logs(self, request: web.Request) -> web.Response:
+        if self.hidden:
+            return web.Response(status=self.hidden, text="the log is gone")
         return web.json_response({"logs": self.text})
 
-    async def tail(self, request: web.Request) -> web.WebSocketResponse:
+    async def tail(self, request: web.Request) -> web.StreamResponse:
+        if self.hidden or not self.sockets:
+            return web.Response(status=self.hidden or 400, text="no WebSocket")
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         await socket.send_str(self.text)

@@ -151,8 +151,15 @@ def docker() -> argparse.ArgumentParser:
     up = verbs.add_parser("up", allow_abbrev=False)
     up.add_argument("-d", "--detach", action="store_true")
     up.add_argument("--wait", action="store_true")
+    up.add_argument("--build", action="store_true")
     verbs.add_parser("logs", allow_abbrev=False).add_argument("services", nargs="*")
     verbs.add_parser("down", allow_abbrev=False)
+    inside = verbs.add_parser("exec", allow_abbrev=False)
+    inside.add_argument("service")
+    inside.add_argument("command", nargs=argparse.REMAINDER)
+    copy = verbs.add_parser("cp", allow_abbrev=False)
+    copy.add_argument("source")
+    copy.add_argument("target")
     return root
 
 
@@ -165,6 +172,12 @@ def test_docker_finds_what_its_commands_name(page: Path, words: list[str]) -> No
         assert all(other["services"].keys() <= COMPOSE["services"].keys() for other in others)
         assert args.env_file == "infra/.env", "the file that is made of env.example, and kept out of git"
         assert set(getattr(args, "services", [])) <= set(COMPOSE["services"])
+        # Else the image stays that of an older checkout; decisions.md tells what was run once.
+        assert args.verb != "up" or args.build or page.name == "decisions.md"
+        if args.verb == "exec":
+            assert args.service in COMPOSE["services"]
+            assert args.command[0] == "hyperlora"
+            parse_arguments(args.command[1:])
     else:
         known = re.findall(r"^ARG (\w+)", (ROOT / args.file).read_text(), re.MULTILINE)
         assert {value.partition("=")[0] for value in args.build_arg} <= set(known)

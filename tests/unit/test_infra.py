@@ -20,6 +20,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray._private import ray_constants
 from ray._private import utils as ray_utils
 from ray.autoscaler._private.kuberay.utils import parse_quantity
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
@@ -35,15 +36,15 @@ INFRA = ROOT / "infra"
 PINS = dict(re.findall(r"^([a-z0-9_.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
 COMPOSE_GPU = yaml.safe_load((INFRA / "compose.gpu.yaml").read_text())
-KUBERAY = {p.stem: yaml.safe_load(p.read_text()) for p in sorted((INFRA / "kuberay").glob("*.yaml"))}
+KUBERAY = {p.stem: yaml.safe_load(p.read_text()) for p in sorted((INFRA / "kuberay").glob("ray*.yaml"))}
 SCHEMA = yaml.safe_load((ROOT / "tests/schemas/kuberay.yaml").read_text())
 CLOUD = yaml.safe_load((INFRA / "ray-cluster.yaml").read_text())
 SECRET = r"[A-Z0-9_]*(?:KEY|SECRET|TOKEN|PASSWORD)[A-Z0-9_]*"
 
 
-def filled(text: str) -> str:
+def filled(text: str, **given: str) -> str:
     """Compose's text with its variables filled in."""
-    return re.sub(r"\$\{\w+(?::-([^}]*)|:\?[^}]*)?\}", lambda m: m[1] or "x", text)
+    return re.sub(r"\$\{(\w+)(?::-([^}]*)|:\?[^}]*)?\}", lambda m: given.get(m[1]) or m[2] or "x", text)
 
 
 def words(command: str) -> list[str]:
@@ -102,6 +103,28 @@ def test_the_file_with_gpus_goes_over_the_other() -> None:
     assert files.split() == ["--file", "infra/compose.yaml", "--file", "infra/compose.gpu.yaml"]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"HYPERLORA_IMAGE": "mine"},
+        {"TORCH_INDEX": "https://mirror/cpu"},
+        {"HYPERLORA_IMAGE_CUDA": "mine", "TORCH_INDEX_CUDA": "https://mirror/cu130"},
+    ],
+)
+def test_no_two_images_have_one_name(given: dict[str, str]) -> None:
+    built: dict[str, set[str]] = {}
+    for name, service in COMPOSE["services"].items():
+        if "build" in service:
+            over = COMPOSE_GPU["services"].get(name, {"build": {}})
+            arguments = service["build"]["args"] | over["build"].get("args", {})
+            image = filled((service | over)["image"], **given)
+            built.setdefault(image, set()).add(filled(json.dumps(arguments), **given))
+    assert {image: len(of) for image, of in built.items()} == dict.fromkeys(built, 1)
+    indices = {image: json.loads(*of)["TORCH_INDEX"] for image, of in built.items()}
+    assert sorted(url.rpartition("/")[2] for url in indices.values()) == ["cpu", "cu130"]
+
+
 @pytest.mark.parametrize("name", KUBERAY)
 def test_kuberay_takes_its_manifests(name: str) -> None:
     jsonschema.validate(KUBERAY[name], SCHEMA)
@@ -152,6 +175,12 @@ def test_a_job_that_is_stopped_has_time_for_its_checkpoint() -> None:
         env = {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
         assert env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == str(jobs.STOP_SECONDS)
         assert pod["terminationGracePeriodSeconds"] > jobs.STOP_SECONDS
+    # And when compose stops its containers.
+    for service in COMPOSE["services"].values():
+        if "ray start" in str(service.get("command")):
+            assert service["environment"]["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == str(jobs.STOP_SECONDS)
+            assert int(service["stop_grace_period"].removesuffix("s")) > jobs.STOP_SECONDS
+    assert ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S > 0, "Ray knows the variable"
 
 
 @pytest.mark.parametrize("name", KUBERAY)
@@ -240,6 +269,79 @@ def test_ray_up_asks_aws_for_the_kind_of_a_gpu(monkeypatch: pytest.MonkeyPatch) 
     found = autoscaling.configured(fill(prepare_config(copy.deepcopy(CLOUD))))
     asked = RayConfig(num_workers=4, gpus_per_worker=1, accelerator_type="L40S")
     assert capacity.problems(asked, [], found) == []
+
+
+# ---------------------------------------------------------------- what stays on a node
+
+
+def state() -> str:
+    """Where nodes keep what a store or MLflow that is away did not take, as a folder of the image's user."""
+    dockerfile = (INFRA / "Dockerfile").read_text()
+    (folder,) = re.findall(r"^ENV XDG_STATE_HOME=(\S+)$", dockerfile, re.MULTILINE)
+    (user,) = re.findall(r"^USER (\w+)$", dockerfile, re.MULTILINE)
+    # A volume of Docker that is new has the owner of the image's folder.
+    assert f"install --directory --owner={user} --group={user} {folder}" in dockerfile
+    return folder
+
+
+def test_what_compose_keeps_outlives_its_containers() -> None:
+    for name, service in COMPOSE["services"].items():
+        if "ray start" in str(service.get("command")):
+            (volume,) = (v.partition(":")[0] for v in service["volumes"] if v.endswith(f":{state()}"))
+            assert volume in COMPOSE["volumes"], name
+            assert "XDG_STATE_HOME" not in service["environment"], "the image says it"
+
+
+def test_what_machines_of_the_cloud_keep_outlives_their_containers() -> None:
+    assert f"--volume=hyperlora-state:{state()}" in CLOUD["docker"]["run_options"]
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_pods_can_have_a_volume_that_outlives_them(name: str) -> None:
+    readme, written = (INFRA / "README.md").read_text(), (INFRA / f"kuberay/{name}.yaml").read_text()
+    (mark,) = re.findall(r"sed 's/(.+?)//' infra/kuberay/raycluster\.yaml", readme)
+    claim = yaml.safe_load((INFRA / "kuberay/state.yaml").read_text())
+    version = kubernetes_validate.latest_version()
+    kubernetes_validate.validate(claim, version, strict=True)
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"], "all pods have it at once"
+    (uid,) = re.findall(r"useradd .*--uid (\d+)", (INFRA / "Dockerfile").read_text())
+    manifest = yaml.safe_load(written.replace(mark, ""))
+    jsonschema.validate(manifest, SCHEMA)
+    with mock.patch.dict(KUBERAY, {name: manifest}):
+        for group in groups(name):
+            pod = group["template"]["spec"]
+            kind = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": pod}
+            kubernetes_validate.validate(kind, version, strict=True)
+            (volume,) = pod["volumes"]
+            assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+            assert pod["containers"][0]["volumeMounts"] == [{"name": volume["name"], "mountPath": state()}]
+            assert pod["securityContext"] == {"fsGroup": int(uid)}, "it belongs to root otherwise"
+            for key in ("volumes", "securityContext"):
+                del pod[key]
+            del pod["containers"][0]["volumeMounts"]
+    assert manifest == KUBERAY[name], "nothing else is behind these marks"
+
+
+def test_the_readme_says_what_is_lost_with_a_node() -> None:
+    told = (INFRA / "README.md").read_text().partition("## What stays on a node")[2]
+    assert {w.rpartition("/hyperlora/")[0] for w in re.findall(r"/\S+/hyperlora/RUN", told)} == {state()}
+    minutes = {2: "two", 5: "five", 10: "ten"}
+    idle = KUBERAY["raycluster"]["spec"]["autoscalerOptions"]["idleTimeoutSeconds"] // 60
+    finished = KUBERAY["rayjob"]["spec"]["ttlSecondsAfterFinished"] // 60
+    assert f"with the machine, {minutes[CLOUD['idle_timeout_minutes']]} minutes" in told
+    assert f"with the pod, {minutes[idle]} minutes after its last work, of a RayJob {minutes[finished]} minutes" in told
+    assert f"`storage.final_retry_seconds` ({StorageConfig().final_retry_seconds:.0f})" in told
+
+
+def test_the_readme_fetches_an_adapter_where_the_store_is_reached() -> None:
+    """No port of the store's is open: on the machine itself the same command would ask AWS."""
+    commands = (INFRA / "README.md").read_text().replace("\\\n", " ")
+    ((service, run, folder),) = re.findall(r"exec (\w+) hyperlora export (s3://\S+/RUN) (\S+)\n", commands)
+    assert "AWS_ENDPOINT_URL" in COMPOSE["services"][service]["environment"]
+    submitted = re.search(r"submit train .*storage\.uri=(\S+) +mlflow", commands)
+    assert submitted is not None
+    assert run == f"{submitted[1]}/RUN"
+    assert re.findall(r"docker compose .* cp (\S+) \S+\n", commands) == [f"{service}:{folder}"]
 
 
 # ---------------------------------------------------------------- shared memory

@@ -13,6 +13,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import metadata
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from typing import Any
 import dashboard
 import pytest
 from nodes import wait_until
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray.exceptions import GetTimeoutError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobType
 from ray.runtime_env import RuntimeEnv
 from rich.console import Console
 
-from hyperlora import capacity, distributed, jobs, tokens
+from hyperlora import autoscaling, capacity, distributed, jobs, tokens
 from hyperlora.capacity import Node
 from hyperlora.config import RecipeError
 from hyperlora.diagnosis import Check
@@ -309,6 +312,40 @@ def test_a_connection_that_brings_nothing_more_is_made_anew(monkeypatch: pytest.
     assert not lost, "nothing was lost"
 
 
+def test_a_job_is_followed_where_no_websocket_comes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind many proxies: its output is asked for again and again."""
+    monkeypatch.setattr(jobs, "RETRY", 0.2)
+    with dashboard.running() as there:
+        there.text, there.sockets = "one\n", False
+        shown, lost = Shown(), Shown()
+        follower = following(there.url, shown, lost)
+        wait_until(lambda: shown == ["one\n"], 20)
+        there.text = "one\ntwo\n"
+        wait_until(lambda: shown == ["one\n", "two\n"], 20)
+        there.text, there.status = "one\ntwo\nthree\n", "SUCCEEDED"
+        assert follower().status == JobStatus.SUCCEEDED
+    assert shown == ["one\n", "two\n", "three\n"]
+    assert not lost, "nothing was lost"
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "FAILED"])
+def test_following_ends_where_only_the_output_cannot_be_had(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "RETRY", 0.05)
+    monkeypatch.setattr(jobs, "LOST", 0.5)
+    shown, lost = Shown(), Shown()
+    with dashboard.running() as there:
+        there.hidden, there.status = 500, status
+        if status == "RUNNING":
+            with pytest.raises(RecipeError, match=r"a cluster that answers; .* the log is gone"):
+                jobs.follow(there.url, "job", shown, lost)
+        else:
+            assert jobs.follow(there.url, "job", shown, lost).status == JobStatus.FAILED
+    (told,) = lost
+    assert "the log is gone" in told
+    assert ("the job goes on" in told) == (status == "RUNNING")
+    assert not shown
+
+
 def test_a_follower_ends_when_it_is_told_to() -> None:
     with dashboard.running() as there:
         there.text = "one\n"
@@ -419,21 +456,74 @@ def test_trials_at_a_time_that_a_cluster_does_not_hold_are_named_as_they_are_typ
         assert f"--concurrency: got 2; the number of trials at a time, one worker each: {room}" in told
 
 
+class SmallJob:
+    """A cluster's client; what becomes of the job that asks for the autoscaler."""
+
+    def __init__(self, status: JobStatus, message: str, logs: str) -> None:
+        self._told = JobDetails(type=JobType.SUBMISSION, status=status, message=message, entrypoint="python")
+        self._logs = logs
+        self.sent: list[dict[str, Any]] = []
+        self.stopped: list[str] = []
+
+    def submit_job(self, **options: Any) -> None:
+        self.sent.append(options)
+
+    def get_job_info(self, job: str) -> JobDetails:
+        return self._told
+
+    def get_job_logs(self, job: str) -> str:
+        return self._logs
+
+    def stop_job(self, job: str) -> None:
+        self.stopped.append(job)
+
+
 def test_why_the_small_job_failed_that_asks_for_the_autoscaler(checkout: Path) -> None:
-    class Client:
-        def submit_job(self, **options: Any) -> None:
-            pass
-
-        def get_job_info(self, job: str) -> JobDetails:
-            told = {"message": "runtime_env setup failed:\nthe disk is full", "entrypoint": "python"}
-            return JobDetails(type=JobType.SUBMISSION, status=JobStatus.FAILED, **told)
-
-        def get_job_logs(self, job: str) -> str:
-            return ""
-
-    client: Any = Client()
+    client: Any = SmallJob(JobStatus.FAILED, "runtime_env setup failed:\nthe disk is full", "")
     with pytest.raises(RecipeError, match="the one that asks for its autoscaler failed: the disk is full"):
         jobs.growth(client, jobs.Job(["train"], {}))
+    assert not client.stopped
+
+
+def test_what_the_small_job_waits_for(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "LOST", 0.1)
+    client: Any = SmallJob(JobStatus.PENDING, "It may be waiting for the runtime environment to be set up.", "")
+    with pytest.raises(RecipeError, match="its autoscaler is still pending: It may be waiting for the runtime"):
+        jobs.growth(client, jobs.Job(["train"], {}))
+    assert client.stopped == [client.sent[0]["submission_id"]]
+
+
+@pytest.mark.parametrize("install", [False, True])
+def test_the_small_job_does_not_install_what_it_does_without(install: bool, checkout: Path) -> None:
+    """Else the answer would take minutes, or be given up before."""
+    client: Any = SmallJob(JobStatus.SUCCEEDED, "", autoscaling.write(None))
+    assert jobs.growth(client, jobs.Job(["train"], {}, install=install)) is None
+    (job,) = client.sent
+    needs = ["fsspec"] if install else []
+    assert [pin.partition("==")[0] for pin in job["runtime_env"].get("pip", [])] == needs
+    module = shlex.split(job["entrypoint"])[-1]
+    # A head that takes jobs has what ray[default] needs. Ray brings psutil and colorama itself.
+    there = {canonicalize_name(name) for name in ("ray", "psutil", "colorama", "hyperadalora", *needs, *of_ray())}
+    brought = metadata.packages_distributions()
+    lacking = [name for name, of in brought.items() if not there & set(map(canonicalize_name, of))]
+    code = f"import sys\nsys.modules.update(dict.fromkeys({lacking}))\nimport {module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ("fsspec" in done.stderr) is not install
+    assert (done.returncode == 0) is install, done.stderr
+
+
+def of_ray() -> set[str]:
+    """Distributions that ``ray[default]`` needs, and those that these need."""
+    found: set[str] = set()
+    waiting = [Requirement("ray[default]")]
+    while waiting:
+        of = waiting.pop()
+        for need in map(Requirement, metadata.requires(of.name) or []):
+            asked = need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in {"", *of.extras})
+            if asked and need.name not in found:
+                found.add(need.name)
+                waiting.append(need)
+    return found
 
 
 def test_the_doctor_installs_on_the_nodes_where_it_is_asked_to(
