@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
@@ -22,7 +23,7 @@ from transformers import (
 
 from hyperlora.config import BUILTIN, METHODS, ModelConfig, Problem, Recipe, RecipeError
 from hyperlora.optimizer import GAMMA
-from hyperlora.weights import absent, misfit, read_shapes
+from hyperlora.weights import AbsentError, absent, misfit, read_shapes
 
 #: Heads that PEFT trains and saves for a classification.
 HEADS = ("classifier", "score")
@@ -42,6 +43,21 @@ def resolve_path(path: str) -> str:
         names = ", ".join(f"{BUILTIN}{p.name}" for p in sorted(root.iterdir()) if (p / "config.json").is_file())
         raise RecipeError([Problem("model.path", path, f"allowed built-in models: {names}")])
     return str(folder)
+
+
+def model_folder(model: ModelConfig) -> Path | None:
+    """Where a base model lies on this machine: a folder, or one in the hub's cache, which may hold a part of it."""
+    folder = Path(resolve_path(model.path))
+    if folder.is_dir():
+        return folder
+    try:
+        # Where it is known that files are missing, a folder is found only by those that are there.
+        found = snapshot_download(
+            model.path, revision=model.revision, allow_patterns="config.json", local_files_only=True
+        )
+    except (OSError, ValueError):
+        return None
+    return Path(found)
 
 
 def model_problems(model: ModelConfig) -> list[Problem]:
@@ -105,15 +121,17 @@ def _check_folder(path: str) -> None:
 
 
 def weight_problems(recipe: Recipe, base: PreTrainedModel, num_labels: int | None) -> list[Problem]:
-    """Whether a local folder has the weights of ``base``, which may be on the meta device; reads headers only."""
+    """Whether the weights that are here are those of ``base``, which may be on the meta device; reads headers only."""
     model = recipe.model
-    folder = Path(resolve_path(model.path))
-    if model.init == "random" or not folder.is_dir():
+    folder = None if model.init == "random" else model_folder(model)
+    if folder is None:
         return []
     try:
         shapes = read_shapes(folder)
     except ValueError as error:
-        return [Problem("model.path", model.path, f"a folder with safetensors weights ({error})")]
+        if isinstance(error, AbsentError) and not Path(resolve_path(model.path)).is_dir():
+            return []  # what the hub's cache lacks is fetched when the model is loaded
+        return [Problem("model.path", model.path, f"a model with safetensors weights ({error})")]
     if getattr(base.config, "quantization_config", None) is not None:
         return []  # packed weights have shapes of their own
     if (reason := misfit(shapes, base, base.base_model_prefix)) is not None:

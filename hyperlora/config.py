@@ -118,9 +118,9 @@ class DataConfig(Section):
     text_pair: str | None = Field(None, description="column of the second sentence")
     label: str = Field("label", description="column of the class label; hub rows that have none (-1) are left out")
     labels: Names = Field((), description="class labels in order of their index; empty: sorted from train")
-    prompt: str = Field("question", description="column of the prompt (generation)")
+    prompt: str = Field("question", description="column of the prompt")
     completion: str = Field(
-        "answer", description="column of the expected completion, with its final answer as in #### 12 (generation)"
+        "answer", description="column of the completion; for generation with its final answer as in #### 12"
     )
     template: str = Field("{prompt}\n\n{completion}", description="text of a language modelling row, from its columns")
     train_rows: Positive | None = Field(None, description="rows to generate, or the most to read; null reads all")
@@ -131,12 +131,15 @@ class DataConfig(Section):
 class TaskConfig(Section):
     """What is learned and how it is measured."""
 
-    kind: Literal["generation", "classification", "language-modeling"] = Field(
-        description="exact match of the final answer (#### 12), accuracy, or held-out loss"
+    kind: Literal["generation", "classification", "completion", "language-modeling"] = Field(
+        description="exact match of the final answer (#### 12), accuracy, loss of completions, or loss of whole rows"
     )
     max_length: Positive = Field(256, description="tokens; longer rows are cut (prompt and completion together)")
     max_new_tokens: Positive = Field(64, description="tokens generated for an answer at evaluation")
-    prompt_format: str = Field("Question: {prompt}\nAnswer:", description="text before a completion (generation)")
+    prompt_format: str = Field("Question: {prompt}\nAnswer:", description="text before a completion")
+    chat: bool = Field(
+        False, description="prompt and completion as turns of the tokenizer's chat template, in place of prompt_format"
+    )
 
 
 class AdapterConfig(Section):
@@ -249,9 +252,9 @@ def _workers(value: Any) -> Any:
 
 
 def _gpus(value: float) -> float:
-    """A part of one GPU, or whole ones: Ray refuses one and a half when it starts the worker."""
-    if value > 1 and value % 1:
-        raise ValueError("allowed: a part of one GPU, or a whole number")
+    """One GPU or a part of one: more would be reserved and never used."""
+    if value > 1:
+        raise ValueError("allowed: at most 1: a worker computes on one GPU; use more workers")
     return value
 
 
@@ -269,7 +272,7 @@ class RayConfig(Section):
         1, description="Ray Train workers, which split each batch; [fewest, most]: as many as the cluster has room for"
     )
     cpus_per_worker: Share = Field(1, description="CPUs")
-    gpus_per_worker: Gpus = Field(0, description="GPUs")
+    gpus_per_worker: Gpus = Field(0, description="GPUs: one, or a part of one")
     accelerator_type: str | None = Field(None, description="of the nodes for the workers, such as H100; null: any")
     placement: Placement = Field("PACK", description="of the workers on nodes: few nodes, or many; STRICT: or none")
     max_failures: NonNegative = Field(1, description="restarts from the last checkpoint after a worker died")
@@ -430,15 +433,14 @@ class Recipe(Section):
         hypernetwork, source = self.hypernetwork, self.hypernetwork.init_from
         if source is not None and "://" not in source:
             # Also when it is gone: a resumed run needs it no more, and has to say the same.
-            hypernetwork = hypernetwork.model_copy(update={"init_from": str(Path(source).expanduser().absolute())})
+            hypernetwork = hypernetwork.model_copy(update={"init_from": uris.absolute(source)})
         monitors = self.monitors.model_copy(update={"baseline": absolute(self.monitors.baseline)})
         mlflow = self.mlflow
         if mlflow.tracking_uri.startswith("sqlite:///"):
             database = Path(mlflow.tracking_uri.removeprefix("sqlite:///")).expanduser().absolute()
             mlflow = mlflow.model_copy(update={"tracking_uri": f"sqlite:///{database}"})
-        storage = self.storage
-        if "://" not in storage.uri:  # workers have a working directory of their own, and look for the rows below it
-            storage = storage.model_copy(update={"uri": str(Path(storage.uri).expanduser().absolute())})
+        # Workers have a working directory of their own, and look for the rows below it.
+        storage = self.storage.model_copy(update={"uri": uris.absolute(self.storage.uri)})
         changed = {"model": model, "data": data, "hypernetwork": hypernetwork, "monitors": monitors, "mlflow": mlflow}
         changed["storage"] = storage
         return self.model_copy(update=changed)
@@ -717,7 +719,7 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
             if getattr(d, name) is None:
                 add(f"data.{name}", None, f"required for data.source={d.source}")
     elif {"word-problems": "classification", "entailment": "generation"}[d.source] == recipe.task.kind:
-        fit = "generation or language-modeling" if d.source == "word-problems" else "classification"
+        fit = "generation, completion or language-modeling" if d.source == "word-problems" else "classification"
         add("task.kind", recipe.task.kind, f"data.source={d.source} has rows for {fit}")
     elif d.source == "entailment" and recipe.task.kind != "classification":
         add("task.kind", recipe.task.kind, "data.source=entailment has rows for classification")
@@ -733,6 +735,11 @@ def combination_problems(recipe: Recipe) -> list[Problem]:
             add("adapter.target_modules", targets, f"a regular expression ({error})")
     if "{prompt}" not in recipe.task.prompt_format:
         add("task.prompt_format", recipe.task.prompt_format, "must contain {prompt}")
+    if recipe.task.chat:
+        if recipe.task.kind not in ("generation", "completion"):
+            add("task.chat", True, "for task.kind=generation and completion")
+        if recipe.task.prompt_format != TaskConfig.model_fields["prompt_format"].default:
+            add("task.prompt_format", recipe.task.prompt_format, "its default beside task.chat=true, which replaces it")
     if recipe.task.kind == "generation" and recipe.task.max_new_tokens >= recipe.task.max_length:
         add("task.max_new_tokens", recipe.task.max_new_tokens, f"less than task.max_length = {recipe.task.max_length}")
     # The schedule can be checked when nothing that it is made of is wrong.

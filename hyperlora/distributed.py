@@ -177,6 +177,10 @@ def _worker(config: dict[str, Any]) -> None:
         # Every worker meets these at the same point, and starting again would only meet them again.
         if rank == 0:
             queue.put(("failed", (error,)))
+    except ReplacedError as error:
+        # Worker 0 alone meets this, and the others wait for it: whoever hears of it ends them all.
+        queue.put(("failed", (error,)))
+        raise
     finally:
         if order is not None:
             order.close()
@@ -186,7 +190,8 @@ def _worker(config: dict[str, Any]) -> None:
 def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterator[None]:
     """A Ray that is running: the one of ``ray.address``, the caller's own, or one started here and stopped after.
 
-    Ray Train asks the dashboard for the state of its workers; plain tasks do without its processes.
+    Ray Train asks the dashboard for the state of its workers; trials of one process each, which are the workers of a
+    recipe without it, do without its processes.
 
     Raises:
         RecipeError: there is no cluster at the address, or it can never give what the recipe asks for.
@@ -210,7 +215,7 @@ def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterato
             except (OSError, ValueError, RuntimeError, RayError) as error:
                 raise _unreachable(address, error) from error
     try:
-        _check_resources(recipe)
+        _check_resources(recipe, trials=not dashboard)
         yield
     finally:
         if mine:
@@ -311,15 +316,20 @@ def growth() -> Growth | None:
     return ray.get(ray.remote(num_cpus=0)(autoscaling.growth).options(scheduling_strategy=place).remote())
 
 
-def _check_resources(recipe: Recipe) -> None:
+def _check_resources(recipe: Recipe, *, trials: bool) -> None:
     nodes = living()
-    problems = capacity.problems(recipe.ray, nodes)
+
+    def found(limit: Growth | None = None) -> list[Problem]:
+        problems = capacity.problems(recipe.ray, nodes, limit)
+        return capacity.of_trials(problems, recipe.ray.fewest) if trials else problems
+
+    problems = found()
     if problems and capacity.may_grow(nodes):
         limit = growth()
         if limit is None:
             logger.warning("waiting for nodes that an autoscaler adds: %s", "; ".join(map(str, problems)))
             return
-        problems = capacity.problems(recipe.ray, nodes, limit)
+        problems = found(limit)
     if problems:
         raise RecipeError(problems)
 
@@ -400,7 +410,9 @@ def run(recipe: Recipe, info: RunInfo, sink: Sink, *, verbose: bool = False) -> 
         sink.phase("starting workers")
         over = threading.Event()
         failures: list[Exception] = []
-        follower = threading.Thread(target=_follow, args=(queue, sink, over, failures), name="progress", daemon=True)
+        follower = threading.Thread(
+            target=_follow, args=(queue, sink, trainer, over, failures), name="progress", daemon=True
+        )
         orderer = threading.Thread(target=_order, args=(notice, orders, trainer, over), name="stopping", daemon=True)
         orderer.start()
         follower.start()
@@ -438,8 +450,8 @@ def _order(notice: Notice, orders: Queue, trainer: _Trainer, over: threading.Eve
             return
 
 
-def _follow(queue: Queue, sink: Sink, over: threading.Event, failures: list[Exception]) -> None:
-    """Hand worker 0's events to the driver's sink until the run is over."""
+def _follow(queue: Queue, sink: Sink, trainer: _Trainer, over: threading.Event, failures: list[Exception]) -> None:
+    """Hand worker 0's events to the driver's sink until the run is over; end one that was taken over."""
     last = False
     while not last:
         last = over.wait(0.2)
@@ -451,6 +463,8 @@ def _follow(queue: Queue, sink: Sink, over: threading.Event, failures: list[Exce
         for kind, arguments in events:
             if kind == "failed":
                 failures.append(*arguments)
+                if isinstance(failures[-1], ReplacedError) and trainer.controller is not None:
+                    ray.kill(trainer.controller)  # it would start the workers again
             else:
                 getattr(sink, kind)(*arguments)
 

@@ -300,7 +300,30 @@ from transformers import {classes}{imports}
 {config}base = {loader}.from_pretrained({path}{options})
 model = PeftModel.from_pretrained(base, ".")
 ```
-"""
+{_reading(recipe)}"""
+
+
+def _reading(recipe: Recipe) -> str:
+    """How the rows were written that it learned from: other prompts are answered worse, and nothing says so."""
+    data, task = recipe.data, recipe.task
+    if task.kind == "classification":
+        if data.text_pair is None:
+            return ""
+        said = f"pairs, {_code(data.text)} first and {_code(data.text_pair)} second"
+    elif task.kind == "language-modeling":
+        said = f"texts {_code(data.template)}, each followed by the tokenizer's end token"
+    elif task.chat:
+        said = "chats: the prompt is the user's turn in the tokenizer's chat template, the completion is the reply"
+    else:
+        more = "each followed by a space, its completion and the tokenizer's end token"
+        said = f"prompts {_code(task.prompt_format)}, {more}"
+    return f"\nTrained on {said}.\n"
+
+
+def _code(text: str) -> str:
+    """A Python literal in Markdown, whose own backticks a longer row of them encloses."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{text!r}{fence}"
 
 
 def _arguments(values: Mapping[str, Any]) -> str:

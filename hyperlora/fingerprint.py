@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
-from hyperlora.adapters import resolve_path
+from hyperlora.adapters import model_folder
 from hyperlora.config import Problem, Recipe, RecipeError, flatten
 from hyperlora.runs import FREE
 from hyperlora.tasks.data import survey
+from hyperlora.weights import weight_files
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:
@@ -50,33 +48,31 @@ def evaluation_fingerprint(recipe: Recipe, outcome: Mapping[str, Any]) -> str:
 
 
 def base_model(recipe: Recipe) -> dict[str, Any]:
-    """Reference to the base model: ``path``, ``revision`` and one ``sha256`` over its weights and configuration.
+    """Reference to the base model: ``path``, ``revision`` and one ``sha256`` over the weights that are loaded and
+    its configuration.
 
     Of a model with random weights, over its configuration and the run's seed.
 
     Raises:
-        RecipeError: the model is neither a local folder nor in the hub's cache.
+        RecipeError: not all of the model is in a local folder or in the hub's cache.
     """
     model = recipe.model
     named = {"path": model.path, "revision": model.revision}
     if model.init == "random":
         config = [model.model_dump(mode="json"), recipe.seed]
         return named | {"sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
-    folder = Path(resolve_path(model.path))
-    if not folder.is_dir():
-        try:
-            patterns = ["*.safetensors", "config.json"]
-            found = snapshot_download(
-                model.path, revision=model.revision, allow_patterns=patterns, local_files_only=True
-            )
-        except (OSError, ValueError) as error:
-            allowed = f"a local folder, or a model in the hub's cache ({type(error).__name__})"
-            raise RecipeError([Problem("model.path", model.path, allowed)]) from error
-        folder = Path(found)
+    folder = model_folder(model)
+    if folder is None:
+        allowed = "a local folder, or a model in the hub's cache on this machine"
+        raise RecipeError([Problem("model.path", model.path, allowed)])
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
-        with file.open("rb") as content:
-            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
+    try:
+        for name in sorted([*weight_files(folder), "config.json"]):
+            with (folder / name).open("rb") as content:
+                digest.update(name.encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
+    except (OSError, ValueError) as error:
+        allowed = f"a model whose configuration and weights are on this machine ({error})"
+        raise RecipeError([Problem("model.path", model.path, allowed)]) from error
     return named | {"sha256": digest.hexdigest()}
 
 

@@ -203,23 +203,24 @@ def _open(folder: Path) -> Packed:
 
 @contextmanager
 def _new(folder: Path) -> Iterator[Path]:
-    """A folder that takes its place when it is complete."""
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield new
-        for file in new.iterdir():
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    """A folder that takes its place when it is complete.
 
-
-def _build(folder: Path, build: Callable[[Path], None]) -> None:
+    Raises:
+        RecipeError: there is no room for it.
+    """
     try:
-        with _new(folder) as new:
-            build(new)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            yield new
+            for file in new.iterdir():
+                with file.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+            new.rename(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
+        if isinstance(error, StorageError) and not error.uri.startswith(f"{new}/"):
+            raise  # of where they come from
         raise _no_room(error) from error
 
 
@@ -230,7 +231,8 @@ def _fetch_or_build(folder: Path, build: Callable[[Path], None], store: str | No
             return
     except StorageError as error:
         logger.warning("rows are tokenised here: %s", error)
-    _build(folder, build)
+    with _new(folder) as new:
+        build(new)
 
 
 def write(
@@ -331,16 +333,14 @@ def _fetch(store: str, folder: Path) -> None:
     content = _manifest(store)
     if content is None:
         raise StorageError(uris.redacted(store), f"has no {MANIFEST}", False)
-    try:
-        with _new(folder) as new:
-            for name, expected in content["files"].items():
-                if Path(name).name != name:
-                    raise StorageError(
-                        uris.redacted(store), f"{MANIFEST} names {name!r}, which is no file's name", False
-                    )
+    with _new(folder) as new:
+        for name, expected in content["files"].items():
+            if Path(name).name != name:
+                raise StorageError(uris.redacted(store), f"{MANIFEST} names {name!r}, which is no file's name", False)
+            try:
                 patiently(storage.download, f"{store}/{name}", new / name)
-                if storage.identity(str(new / name)) != expected:
-                    raise StorageError(f"{uris.redacted(store)}/{name}", DAMAGED, False)
-            (new / MANIFEST).write_bytes(storage.pack_json(content))
-    except FileNotFoundError as error:
-        raise StorageError(uris.redacted(store), f"lacks a file: {error}", False) from error
+            except FileNotFoundError as error:
+                raise StorageError(uris.redacted(store), f"lacks a file: {error}", False) from error
+            if storage.identity(str(new / name)) != expected:
+                raise StorageError(f"{uris.redacted(store)}/{name}", DAMAGED, False)
+        (new / MANIFEST).write_bytes(storage.pack_json(content))

@@ -33,6 +33,10 @@ FREE = (
     "description",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    # A place with less memory takes the same rows in more passes.
+    "training.gradient_accumulation",
+    "training.eval_batch_size",
+    "model.gradient_checkpointing",
 )
 
 

@@ -26,6 +26,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 
 from hyperlora.uris import AZURE, GCS, S3
+from hyperlora.uris import absolute as absolute  # for whoever has the stores as well
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
 #: Key of a JSON object under which its own SHA-256 is.
 SEAL = "sha256"
 PERMANENT = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-PERMANENT_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOSYS}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+PERMANENT_NUMBERS = FULL | {errno.ENOSYS}
 PERMANENT_STATUSES = {403, 404}
 
 
@@ -90,11 +92,6 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
 
 def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith(("file://", "local://"))
-
-
-def absolute(uri: str) -> str:
-    """A URI that means the same from any working directory."""
-    return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
 # ---------------------------------------------------------------- trying again
@@ -344,11 +341,17 @@ def download(uri: str, file: Path) -> None:
 
     Raises:
         FileNotFoundError: there is none.
-        StorageError: it could not be read.
+        StorageError: it could not be read; or, of ``file`` and not of the URI, not be written here.
     """
     with _translated(uri):
         fs, path = filesystem(uri)
-        fs.get_file(path, str(file), **({"chunksize": PART} if uri.startswith(S3) else {}))
+        try:
+            fs.get_file(path, str(file), **({"chunksize": PART} if uri.startswith(S3) else {}))
+        except OSError as error:
+            # No store answers so when it is read.
+            if error.errno in FULL or error.filename == str(file):
+                raise StorageError(str(file), error.strerror or str(error), False) from error
+            raise
 
 
 def identity(uri: str) -> dict[str, Any]:

@@ -283,14 +283,19 @@ def check(recipe: Recipe) -> None:
     """Find out in seconds whether a database or server is there: MLflow itself tries for minutes.
 
     Raises:
-        RecipeError: it is not, or it does not know the experiment and cannot.
+        RecipeError: it is not, or the experiment was deleted: MLflow then makes neither a run in it nor another one.
     """
-    uri = recipe.mlflow.tracking_uri
+    uri, name = recipe.mlflow.tracking_uri, recipe.mlflow.experiment
     answers(uri, new=True)
     try:
-        MlflowClient(uri).get_experiment_by_name(recipe.mlflow.experiment)
+        found = MlflowClient(uri).get_experiment_by_name(name)
     except ERRORS as error:
         raise unreachable(uri, error) from error
+    if found is not None and found.lifecycle_stage == "deleted":
+        restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+        where = f"MLFLOW_TRACKING_URI={uris.redacted(uri)}"
+        allowed = f"another name, or an experiment that is not deleted: {where} {restore} brings it back"
+        raise RecipeError([Problem("mlflow.experiment", name, allowed)])
 
 
 def probe(config: MLflowConfig) -> None:

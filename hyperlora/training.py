@@ -888,6 +888,7 @@ def train(
     Raises:
         RecipeError: the data or the model does not fit the recipe, or no checkpoint of the run verifies.
         OwnedElsewhereError: another process has claimed the run's folder.
+        ReplacedError: another process has taken it over.
         RuntimeError: as :meth:`Trainer.fit`.
         StorageError: the store does not answer at the start.
     """
@@ -897,6 +898,8 @@ def train(
         if run.owner is None and world.rank == 0:
             lease = Lease(run.uri)
             run = replace(run, owner=lease.owner)
+        elif world.rank == 0:  # loading takes minutes, and who was started again may have been replaced meanwhile
+            ownership.check(run.uri, run.owner)
         trainer = world.together(lambda: Trainer(recipe, run, world, sink, stop, leaving))
         try:
             _resume(trainer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from fsspec.registry import known_implementations
@@ -24,6 +25,11 @@ WITHOUT_CREDENTIALS = "allowed: a URI without credentials; they come from the en
 S3, GCS, AZURE = ("s3://", "s3a://"), ("gs://", "gcs://"), ("az://", "abfs://", "abfss://")
 #: Kind of store to the package that speaks its protocol and what installs that.
 _STORES = {S3: ("s3fs", "hyperadalora"), GCS: ("gcsfs", "hyperadalora[gs]"), AZURE: ("adlfs", "hyperadalora[az]")}
+
+
+def absolute(uri: str) -> str:
+    """A path or URI that means the same from any working directory."""
+    return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
 def redacted(uri: str) -> str:

@@ -16,31 +16,42 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 Shapes = dict[str, tuple[int, ...]]
 
 
+class AbsentError(ValueError):
+    """Files of the weights are not in the folder."""
+
+
 def read_shapes(folder: Path) -> Shapes:
     """Shape of every tensor by name, without reading any.
 
     Raises:
-        ValueError: a file is missing or broken, or all there is would have to be unpickled; names the file.
+        AbsentError: a file is missing, or all there is would have to be unpickled; names the file.
+        ValueError: a file is broken; names it.
     """
     shapes: Shapes = {}
-    for name in _files(folder):
+    for name in weight_files(folder):
         try:
             with safe_open(folder / name, framework="pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
-            raise ValueError(f"{name} is missing") from None
+            raise AbsentError(f"{name} is missing") from None
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{name} is no whole safetensors file: {error}") from error
     return shapes
 
 
-def _files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that a model is loaded from, and none of what else lies beside them.
+
+    Raises:
+        AbsentError: there are none. Those that an index names may still be missing.
+        ValueError: an index cannot be read, or names files elsewhere.
+    """
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if not (folder / INDEX).is_file():
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
         why = f"; {', '.join(pickled)} would have to be unpickled, which can run any code" if pickled else ""
-        raise ValueError(f"it holds neither {SINGLE} nor {INDEX}{why}")
+        raise AbsentError(f"it holds neither {SINGLE} nor {INDEX}{why}")
     try:
         names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, LookupError, TypeError, AttributeError) as error:

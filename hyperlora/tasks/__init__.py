@@ -18,19 +18,24 @@ from hyperlora.config import Recipe
 from hyperlora.packed import LAYOUT, fetch, obtain, write
 from hyperlora.tasks.base import Task
 from hyperlora.tasks.classification import Classification, label_names
-from hyperlora.tasks.data import PARTS, Part, Parts, Row, read_rows, survey
+from hyperlora.tasks.completion import Completion
+from hyperlora.tasks.data import PARTS, Part, Parts, Row, same_rows, survey
 from hyperlora.tasks.generation import Generation
 from hyperlora.tasks.language_modeling import LanguageModeling
 
 __all__ = ["FAMILIES", "Task", "build_task"]
 
-FAMILIES: dict[str, type[Classification] | type[Generation] | type[LanguageModeling]] = {
+FAMILIES: dict[str, type[Classification] | type[Completion] | type[LanguageModeling]] = {
     "generation": Generation,
     "classification": Classification,
+    "completion": Completion,
     "language-modeling": LanguageModeling,
 }
 #: Modules that decide what a row becomes.
-CODE = ("base", "classification", "generation", "language_modeling")
+CODE = ("base", "classification", "completion", "generation", "language_modeling")
+#: Of a tokenizer, what its vocabulary and pipeline do not say: which end is cut, whether special tokens in a text are
+#: some, whether there are segments, and how a chat is written.
+SETTINGS = ("truncation_side", "split_special_tokens", "model_input_names", "chat_template", "special_tokens_map")
 
 
 def shared_rows(recipe: Recipe) -> str:
@@ -54,7 +59,8 @@ def build_task(
         say: is told what is being done.
 
     Raises:
-        RecipeError: a file is missing, unreadable or empty, or a row lacks a column or has an unknown label.
+        RecipeError: a file is missing, unreadable or empty, a row lacks a column or has an unknown label, or the rows
+            changed while they were read.
         StorageError: the shared rows cannot be read.
     """
     family = FAMILIES[recipe.task.kind]
@@ -68,7 +74,9 @@ def build_task(
         task = family(recipe, tokenizer, labels)
 
         def build(folder: Path) -> None:
-            parts: dict[str, Iterator[Row]] = {part: read_rows(recipe.data, recipe.task.kind, part) for part in PARTS}
+            parts: dict[str, Iterator[Row]] = {
+                part: same_rows(recipe.data, recipe.task.kind, part, found[part]) for part in PARTS
+            }
             write(folder, parts, task.columns, task.encode, labels, say)
 
         packed = obtain(_fingerprint(recipe, tokenizer, found, labels), build, shared)
@@ -87,7 +95,7 @@ def _fingerprint(
     content = [
         {part: content.sha256 for part, content in found.items()},
         [fields, recipe.task.model_dump(mode="json"), labels],
-        [_vocabulary(tokenizer), type(tokenizer).__name__, str(tokenizer.eos_token)],
+        [_vocabulary(tokenizer), type(tokenizer).__name__, [str(getattr(tokenizer, name, None)) for name in SETTINGS]],
         [
             LAYOUT,
             transformers.__version__,

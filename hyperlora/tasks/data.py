@@ -6,6 +6,7 @@ import codecs
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,6 +23,7 @@ Row = dict[str, Any]
 GENERATED_ROWS = {"train": 4000, "heldout": 200}
 #: Characters of a line: one that is longer has lost its line ends.
 LONGEST_LINE = 4 * 1024 * 1024
+_ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
 
 
 @dataclass
@@ -56,7 +58,7 @@ def survey(data: DataConfig, kind: str, parts: Sequence[Parts] = PARTS) -> dict[
         try:
             for row in read_rows(data, kind, part):
                 content.rows += 1
-                digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+                digest.update(_hashed(row))
                 if kind == "classification":
                     content.labels.add(str(row[data.label]))
         except RecipeError as error:
@@ -65,6 +67,31 @@ def survey(data: DataConfig, kind: str, parts: Sequence[Parts] = PARTS) -> dict[
     if problems:
         raise RecipeError(problems)
     return found
+
+
+def same_rows(data: DataConfig, kind: str, part: Parts, surveyed: Part) -> Iterator[Row]:
+    """The rows of one part once more, for whoever keeps what comes of them under what :func:`survey` has told.
+
+    Raises:
+        RecipeError: they are not those any more, as the last of them or an unknown label tells; or as
+            :func:`read_rows`.
+    """
+    allowed = "rows that stay as they are while they are read; these have changed meanwhile: start again"
+    changed = RecipeError([Problem(f"data.{part}", getattr(data, part) or data.source, allowed)])
+    digest = hashlib.sha256()
+    for row in read_rows(data, kind, part):
+        if kind == "classification" and str(row[data.label]) not in surveyed.labels:
+            raise changed
+        digest.update(_hashed(row))
+        yield row
+    if digest.hexdigest() != surveyed.sha256:
+        raise changed
+
+
+def _hashed(row: Row) -> bytes:
+    """What of a row its part's SHA-256 is over; an image, which no task reads, is told by another address each time."""
+    told = json.dumps(row, sort_keys=True, default=lambda value: _ADDRESS.sub("", str(value)))
+    return told.encode() + b"\n"
 
 
 def read_rows(data: DataConfig, kind: str, part: Parts) -> Iterator[Row]:
@@ -139,7 +166,7 @@ def _columns(data: DataConfig, kind: str) -> list[str]:
     """The columns that hold text."""
     if kind == "classification":
         return [data.text, *([data.text_pair] if data.text_pair else [])]
-    if kind == "generation":
+    if kind in ("generation", "completion"):
         return [data.prompt, data.completion]
     return list(dict.fromkeys(template_columns(data)))
 

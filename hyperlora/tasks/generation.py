@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -12,7 +13,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from hyperlora.tasks.base import IGNORED, TOKENS, Batch, Task, next_token_loss_sum
+from hyperlora.tasks.base import TOKENS, Task
+from hyperlora.tasks.completion import Completion
 
 #: Sign, number, and what makes it another number or none: 3/4, 1e5, 5-6, 1.2.3.
 _FINAL = re.compile(
@@ -37,42 +39,23 @@ def same_answer(found: str | None, expected: str) -> bool:
     return Decimal(found) == Decimal(expected)
 
 
-class Generation(Task):
+class Generation(Completion):
     """Loss on the completion alone; metric: share of held-out rows whose final answer, decoded greedily, is right."""
 
     metric = "exact_match"
+    higher_is_better = True
 
-    columns = pa.schema(
-        [
-            ("input_ids", TOKENS),
-            ("labels", TOKENS),
-            ("weight", pa.int32()),
-            ("prompt_ids", TOKENS),
-            ("answer", pa.string()),
-        ]
-    )
+    columns = pa.schema([*Completion.columns, ("prompt_ids", TOKENS), ("answer", pa.string())])
 
     def encode(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        data, task = self.recipe.data, self.recipe.task
-        prompts = [task.prompt_format.replace("{prompt}", str(row[data.prompt])) for row in rows]
-        completions = [f" {row[data.completion]}{self.tokenizer.eos_token or ''}" for row in rows]
-        prompt_ids = self.tokenizer(prompts)["input_ids"]
-        completion_ids = self.tokenizer(completions, add_special_tokens=False)["input_ids"]
-        ids = [(p + c)[: task.max_length] for p, c in zip(prompt_ids, completion_ids, strict=True)]
-        labels = [([IGNORED] * len(p) + c)[: task.max_length] for p, c in zip(prompt_ids, completion_ids, strict=True)]
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "weight": [sum(t != IGNORED for t in row[1:]) for row in labels],
-            "prompt_ids": prompt_ids,
-            "answer": [final_answer(str(row[data.completion]), last=True) or "" for row in rows],
-            "cut": [len(p) + len(c) > task.max_length for p, c in zip(prompt_ids, completion_ids, strict=True)],
+        prompts, completions = self._tokenized(rows)
+        most = self.recipe.task.max_new_tokens
+        return self._encoded(prompts, completions) | {
+            "prompt_ids": prompts,
+            "answer": [final_answer(str(row[self.recipe.data.completion]), last=True) or "" for row in rows],
             # An answer is whole without the end token.
-            "long": [len(c) - bool(self.tokenizer.eos_token) > task.max_new_tokens for c in completion_ids],
+            "long": [len(c) - bool(self.tokenizer.eos_token) > most for c in completions],
         }
-
-    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        return next_token_loss_sum(model, batch)
 
     def metric_sums(self, model: nn.Module, rows: list[dict[str, Any]], device: torch.device) -> Tensor:
         sums = super().metric_sums(model, rows, device)
@@ -103,3 +86,6 @@ class Generation(Task):
         texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         sums[2] = sum(same_answer(final_answer(t), row["answer"]) for t, row in zip(texts, rows, strict=True))
         return sums
+
+    def metric_value(self, sums: Sequence[float]) -> float:
+        return Task.metric_value(self, sums)

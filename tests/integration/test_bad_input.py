@@ -56,9 +56,10 @@ def test_a_schedule_that_cannot_be_is_told_with_the_rest(recipe_file: Path, refu
         ),
         (
             ["ray.gpus_per_worker=1.5"],
-            "1 problem: ray.gpus_per_worker: got 1.5; allowed: a part of one GPU, or a",
+            "1 problem: ray.gpus_per_worker: got 1.5; allowed: at most 1: a worker computes on one GPU; use more work",
         ),
-        (["cluster.gpus_per_worker=2.5"], "cluster.gpus_per_worker: got 2.5; allowed: a part of one GPU, or a"),
+        (["ray.gpus_per_worker=2"], "1 problem: ray.gpus_per_worker: got 2; allowed: at most 1: a worker computes on"),
+        (["cluster.gpus_per_worker=2"], "cluster.gpus_per_worker: got 2; allowed: at most 1: a worker computes on"),
         (["cluster.num_workers=0"], "cluster.num_workers: got 0; allowed: a number of at least 1"),
         (["cluster.placement=CLOSE"], "cluster.placement: got 'CLOSE'; allowed: 'PACK', 'SPREAD'"),
         (["pruning.count=1", "pruning.interval=5"], "use count >= 10"),

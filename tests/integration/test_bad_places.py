@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from refusals import Refused
 
 from hyperlora import storage
@@ -33,6 +34,19 @@ from hyperlora import storage
 )
 def test_places_of_a_run(recipe_file: Path, refused: Refused, changes: list[str], expected: str) -> None:
     assert expected in refused("train", recipe_file, *changes)
+
+
+def test_an_experiment_that_was_deleted(
+    recipe_file: Path, tmp_path_factory: pytest.TempPathFactory, refused: Refused
+) -> None:
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    client = MlflowClient(uri)
+    number = client.create_experiment("gone")
+    client.delete_experiment(number)
+    changes = ["mlflow.enabled=true", f"mlflow.tracking_uri={uri}", "mlflow.experiment=gone"]
+    message = refused("train", recipe_file, *changes)
+    assert "1 problem: mlflow.experiment: got 'gone'; another name, or an experiment that is not deleted: " in message
+    assert f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {number} brings it back" in message
 
 
 # ---------------------------------------------------------------- monitors.baseline

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import s3
+import torch
 import yaml
 from conftest import small_recipe
 from processes import FORKSERVER
+from small_disk import UNSHARE, mounts
 
 from hyperlora import storage, tasks
 from hyperlora.adapters import load_tokenizer
@@ -20,6 +24,7 @@ from hyperlora.config import Recipe, RecipeError, parse
 from hyperlora.distributed import share_rows
 from hyperlora.storage import StorageError
 from hyperlora.tasks import Task, build_task
+from hyperlora.tasks.data import survey
 from pipelines.cli import main
 
 STORE = "s3://bucket/runs"
@@ -27,6 +32,9 @@ CLASSES = {
     "data": {"source": "entailment", "text": "sentence1", "text_pair": "sentence2"},
     "task": {"kind": "classification"},
 }
+PAIRS = CLASSES["data"]
+#: Row of a file.
+LAST = "a b ab\tyes\n"
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +87,31 @@ def test_what_changes_the_tokens_changes_the_fingerprint(tmp_path: Path, changes
     assert before.train[:] != after.train[:]
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"truncation_side": "left"},
+        {"split_special_tokens": True},
+        {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]},
+        {"chat_template": "{{ messages[0]['content'] }}"},
+        {"bos_token": "<pad>"},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_so_does_a_setting_of_the_tokenizer(tmp_path: Path, setting: dict[str, Any]) -> None:
+    folder = tmp_path / "tokenizer"
+    given = recipe(tmp_path, model={"tokenizer": str(folder)}, task=CLASSES["task"] | {"max_length": 8}, data=PAIRS)
+    load_tokenizer(recipe(tmp_path).model).save_pretrained(folder)
+    before = task(given)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | setting))
+    after = task(given)
+    assert after.packed.fingerprint != before.packed.fingerprint
+    if "truncation_side" in setting:
+        assert [row[-1] for row in after.train["input_ids"]] != [row[-1] for row in before.train["input_ids"]]
+    assert after.collate([after.train[0]], torch.device("cpu")), "has all the columns that are asked for"
+
+
 def test_what_does_not_change_the_tokens_does_not(tmp_path: Path) -> None:
     changed = recipe(tmp_path, training={"steps": 10}, adapter={"rank": 6}, storage={"uri": str(tmp_path / "other")})
     assert task(changed).packed.fingerprint == task(recipe(tmp_path)).packed.fingerprint
@@ -90,6 +123,29 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     before = task(given)
     (tmp_path / "t.jsonl").write_text('{"question": "a c", "answer": "#### 1"}\n' * 8)
     assert task(given).train[0]["input_ids"] != before.train[0]["input_ids"]
+
+
+@pytest.mark.parametrize("last", [LAST.replace("ab", "ac"), LAST.replace("yes", "maybe"), ""])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """Its tokens would be those of rows that nobody has looked at, under the fingerprint of others."""
+    file, rows = tmp_path / "t.tsv", "sentence\tlabel\na a\tno\n" + "a b\tyes\n" * 8
+    file.write_text(rows + LAST)
+    data = {"source": "files", "root": str(tmp_path), "train": file.name, "eval": file.name, "format": "tsv"}
+    given = recipe(tmp_path, data=data, task=CLASSES["task"])
+
+    def surveyed(*arguments: Any) -> Any:
+        found = survey(*arguments)
+        file.write_text(rows + last)
+        return found
+
+    with monkeypatch.context() as context:
+        context.setattr("hyperlora.tasks.survey", surveyed)
+        with pytest.raises(RecipeError, match=r"data.train: got 't.tsv'; rows that stay as they are while they are"):
+            task(given)
+    assert not list(cache.glob("*/")), "nothing is kept"
+    assert len(task(given).train) == 9 + bool(last)
 
 
 def test_counts_are_those_of_the_rows(tmp_path: Path) -> None:
@@ -134,6 +190,45 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Any:
         type(storage.filesystem(STORE)[0]).clear_instance_cache()
         storage.filesystem(STORE)[0].mkdir("bucket")
         yield STORE
+
+
+#: Fetches rows onto small file systems, and tells what came of it.
+FETCH = """
+import json, os, subprocess, sys
+from hyperlora.packed import fetch
+rows, *attempts = sys.argv[1:]
+told = []
+for attempt in attempts:
+    shared, disk, options = attempt.split()
+    os.makedirs(disk)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", disk], check=True)
+    os.environ["HYPERLORA_CACHE"] = disk
+    try:
+        told.append(fetch(rows, shared).fingerprint)
+    except Exception as error:
+        told.append(f"{type(error).__name__}: {error}")
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.skipif(not mounts(), reason="mounts need user namespaces")
+def test_a_machine_whose_disk_is_full_is_named_and_not_the_storage(bucket: str, tmp_path: Path) -> None:
+    """Otherwise the run would be started again, to meet the same."""
+    stores = [bucket, str(tmp_path / "runs")]
+    (rows, *_) = [share_rows(recipe(tmp_path, storage={"uri": uri})) for uri in stores]
+    # With room; and without any for what a file holds, for a folder, the first file and the last.
+    sizes = ("8m", "16k", "8m,nr_inodes=3", "8m,nr_inodes=4", "8m,nr_inodes=6")
+    rooms = [(uri, size) for uri in stores for size in sizes]
+    attempts = [f"{uri}/rows {tmp_path}/disk-{n} size={room}" for n, (uri, room) in enumerate(rooms)]
+    command = [*UNSHARE, sys.executable, "-c", FETCH, rows, *attempts]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for n, ((uri, room), told) in enumerate(zip(rooms, json.loads(done.stdout), strict=True)):
+        if room == "8m":
+            assert told == rows
+            continue
+        said = f"RecipeError: 1 problem:\n  data: got '{tmp_path}/disk-{n}/rows'; a folder with room for the tokenised"
+        assert told.startswith(said), (uri, room)
+        assert "No space left on device" in told
 
 
 def test_another_machine_gets_them_from_the_storage(

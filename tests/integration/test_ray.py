@@ -18,10 +18,15 @@ import pytest
 import ray
 import yaml
 from conftest import small_recipe
+from nodes import wait_until
+from ray.util.placement_group import placement_group_table
 from safetensors.torch import load_file
 
-from hyperlora import checkpoint
+from hyperlora import checkpoint, distributed, storage
+from hyperlora.ownership import Lease, ReplacedError
+from hyperlora.training import RunInfo, Silent
 from pipelines.cli import main
+from pipelines.common import load_recipe
 
 TWO = ("ray.backend=ray", "ray.num_workers=2")
 STEPS = "training.steps=160"
@@ -132,6 +137,35 @@ while time.monotonic() < deadline:
             break
     time.sleep(0.02)
 """
+
+
+class TakenOver(Silent):
+    """Another process claims the run's folder once there is a step."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri, self.phases, self._done = uri, [], False
+
+    def phase(self, name: str) -> None:
+        self.phases.append(name)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        if not self._done:
+            self._done = True
+            storage.write(f"{self._uri}/owners/00000009-00c0ffee.json", b"{}")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_run_that_was_taken_over_is_not_started_again(recipe_file: Path, tmp_path: Path) -> None:
+    """Nor does the second worker wait for the first, which alone finds out."""
+    uri = str(tmp_path / "runs/small")
+    recipe = load_recipe(str(recipe_file), [*TWO, "training.steps=100000", "ray.max_failures=20"])
+    sink, before = TakenOver(uri), len(placement_group_table())
+    with Lease(uri) as lease, pytest.raises(ReplacedError, match="taken over by another process"):
+        distributed.run(recipe, RunInfo(uri, owner=lease.owner), sink)
+    assert sink.phases.count("loading model and data") == 1
+    # Ray may have begun to start them again when it heard that there is no need to.
+    assert len(placement_group_table()) - before <= 2
+    wait_until(lambda: ray.available_resources().get("CPU") == 4, 60)
 
 
 @pytest.mark.usefixtures("cluster")

@@ -89,6 +89,15 @@ def test_killed_run_resumes_to_the_same_adapter(recipe_file: Path, changes: tupl
     assert adapters_equal(whole["adapter"], resumed["adapter"])
 
 
+def test_a_killed_run_goes_on_with_less_memory(recipe_file: Path) -> None:
+    whole = run(recipe_file)
+    kill_after_a_checkpoint(recipe_file)
+    less = "training.gradient_accumulation=4", "training.eval_batch_size=2", "model.gradient_checkpointing=true"
+    resumed = run(recipe_file, "--resume", *less)
+    assert resumed["loss_last"] == pytest.approx(whole["loss_last"], abs=1e-9)
+    assert resumed["ranks"] == whole["ranks"]
+
+
 def test_a_run_trains_alike_whether_the_base_model_was_evaluated_or_not(recipe_file: Path) -> None:
     changes = (*PRETRAINED, "training.steps=3", "training.checkpoint_every=null")
     losses = [run(recipe_file, *changes, f"training.eval_before={before}")["loss_last"] for before in ("true", "false")]

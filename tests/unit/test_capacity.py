@@ -45,7 +45,7 @@ def test_what_fits(asked: dict[str, Any]) -> None:
             {"num_workers": 6, "gpus_per_worker": 1},
             "ray.gpus_per_worker: got 1.0; 6 workers need 6 GPUs, the cluster has 4",
         ),
-        ({"gpus_per_worker": 3}, "ray.gpus_per_worker: got 3.0; at most the 2 GPUs of the largest node"),
+        ({"cpus_per_worker": 9}, "ray.cpus_per_worker: got 9.0; at most the 8 CPUs of the largest node"),
         ({"accelerator_type": "H100"}, "ray.accelerator_type: got 'H100'; of the cluster's nodes: L4"),
         (
             {"num_workers": (3, 4), "cpus_per_worker": 6},
@@ -81,7 +81,7 @@ def test_what_does_not_fit(asked: dict[str, Any], message: str) -> None:
             "workers of 6 CPUs",
         ),
         # One alone would not fit.
-        ({"num_workers": 2, "gpus_per_worker": 3}, "ray.gpus_per_worker: got 3.0; 2 workers need 6 GPUs"),
+        ({"num_workers": 3, "cpus_per_worker": 9}, "ray.cpus_per_worker: got 9.0; 3 workers need 27 CPUs"),
         ({"num_workers": 2, "accelerator_type": "H100"}, "ray.accelerator_type: got 'H100'; of the cluster's nodes"),
     ],
 )
@@ -114,7 +114,7 @@ BUSY = [HEAD, *[Node({"CPU": 4}, {"ray.io/node-group": "small"})] * 3]
             Growth([SMALL, GPUS]),
             "ray.gpus_per_worker: got 1.0; 5 workers need 5 GPUs, the cluster can have 4",
         ),
-        ({"gpus_per_worker": 2}, Growth([GPUS]), "got 2.0; at most the 1 GPUs of the largest node"),
+        ({"cpus_per_worker": 9}, Growth([GPUS]), "got 9.0; at most the 8 CPUs of the largest node"),
         # Three small nodes live, of four in all; when they are idle they make room for the others.
         ({"num_workers": 4, "gpus_per_worker": 1}, Growth([SMALL, GPUS], most=4), None),
         (
@@ -205,7 +205,7 @@ def test_what_lives_has_its_accelerator_and_says_nothing_of_the_next_node_of_its
         ({"num_workers": 3, "placement": "STRICT_SPREAD"}, 4),
         ({"num_workers": 2, "placement": "STRICT_SPREAD"}, 10),
         ({"num_workers": 4, "placement": "STRICT_SPREAD"}, 0),
-        ({"num_workers": 2, "gpus_per_worker": 2, "placement": "STRICT_PACK"}, 0),
+        ({"num_workers": 3, "gpus_per_worker": 1, "placement": "STRICT_PACK"}, 0),
     ],
 )
 def test_as_many_trials_run_at_a_time_as_the_nodes_hold(asked: dict[str, Any], trials: int) -> None:

@@ -8,7 +8,7 @@ import queue
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +22,12 @@ from processes import FORKSERVER
 from ray.train import WorkerGroupError
 from ray.util.queue import Empty
 
-from hyperlora import distributed
+from hyperlora import capacity, distributed, storage
+from hyperlora.capacity import Group, Growth, Node
+from hyperlora.config import RecipeError
 from hyperlora.environment import changed
 from hyperlora.ownership import ReplacedError
-from hyperlora.training import RunInfo, World, train
+from hyperlora.training import RunInfo, Silent, World, train
 from pipelines.common import load_recipe
 
 
@@ -40,6 +42,40 @@ def test_a_run_that_was_taken_over_ends_as_that_and_not_as_a_failure(first: Exce
         assert type(found) is RuntimeError
         told = ("worker 0: ValueError: no such", "worker 1: RuntimeError: connection lost")
         assert str(found).split("\n  ") == ["training failed on the workers", *told]
+
+
+@pytest.mark.parametrize("limit", [None, Growth([Group("cpu", {"CPU": 1}, 2)])])
+@pytest.mark.parametrize(("trials", "key"), [(True, "--concurrency"), (False, "ray.cpus_per_worker")])
+def test_too_little_room_is_told_by_what_was_typed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trials: bool, key: str, limit: Growth | None
+) -> None:
+    """Also where an autoscaler may add what is missing, and nobody knows how far it goes."""
+    monkeypatch.setattr(distributed, "living", lambda: [Node({"CPU": 1}, {capacity.GROUP: "cpu"})])
+    monkeypatch.setattr(distributed, "growth", lambda: limit)
+    recipe = load_recipe("quickstart", ["ray.num_workers=4"])
+    with nullcontext() if limit is None else pytest.raises(RecipeError) as caught:
+        distributed._check_resources(recipe, trials=trials)
+    told = caplog.messages if limit is None else [str(p) for p in caught.value.problems]
+    assert [text.removeprefix("waiting for nodes that an autoscaler adds: ").split(": ")[0] for text in told] == [key]
+
+
+class Phases(Silent):
+    """Keeps their names."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def phase(self, name: str) -> None:
+        self.told.append(name)
+
+
+def test_a_run_that_was_taken_over_loads_no_model(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart", ["data.train_rows=64", "data.eval_rows=8", "mlflow.enabled=false"])
+    storage.write(f"{tmp_path}/owners/00000002-00c0ffee.json", b"{}")
+    phases = Phases()
+    with pytest.raises(ReplacedError, match="taken over by another process"):
+        train(recipe, RunInfo(str(tmp_path), owner="00000001-00c0ffee"), World(), phases)
+    assert phases.told == []
 
 
 @pytest.mark.parametrize("before", [None, "http://other:8265"])

@@ -297,6 +297,43 @@ def test_a_card_tells_of_singular_values_where_there_were_any(
     assert ("hyperadalora" in card) is (method == "hyperadalora")
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            [],
+            r"Trained on prompts `'Question: {prompt}\nAnswer:'`, each followed by a space, its completion and the "
+            "tokenizer's end token.",
+        ),
+        (
+            ['task.prompt_format="`{prompt}` | is"'],
+            "Trained on prompts ``'`{prompt}` | is'``, each followed by a space",
+        ),
+        (
+            ["task.kind=language-modeling", 'data.template="{prompt}: {completion}"'],
+            "Trained on texts `'{prompt}: {completion}'`, each followed by the tokenizer's end token.",
+        ),
+        (["task.chat=true"], "Trained on chats: the prompt is the user's turn in the tokenizer's chat template, "),
+        (
+            ["task.kind=completion", 'task.prompt_format="{prompt}?"'],
+            "Trained on prompts `'{prompt}?'`, each followed by a space, its completion and the tokenizer's end token.",
+        ),
+        (
+            ["task.kind=classification", "data.source=entailment", "data.text=first", "data.text_pair=second"],
+            "Trained on pairs, `'first'` first and `'second'` second.",
+        ),
+        (["task.kind=classification", "data.source=entailment"], None),
+    ],
+)
+def test_a_card_tells_how_the_rows_were_written(
+    adapter: export.PlainAdapter, changes: list[str], expected: str | None
+) -> None:
+    card = export.model_card(adapter, load_recipe("quickstart", changes), {"steps": 5, "labels": []})
+    found = [line for line in card.splitlines() if line.startswith("Trained on")]
+    assert len(found) == (expected is not None)
+    assert all(line.startswith(str(expected)) for line in found)
+
+
 @pytest.mark.usefixtures("hub")
 def test_a_card_runs_the_code_of_the_commit_that_was_trained(tmp_path: Path) -> None:
     given = of_hub(config={"rms_norm_eps": 0.5}, dtype="float64")

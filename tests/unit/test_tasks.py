@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from datasets import Image as Decoded
+from PIL import Image
 from tokenizers.processors import ByteLevel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +30,7 @@ from hyperlora.preflight import inspect
 from hyperlora.tasks import shared_rows
 from hyperlora.tasks.base import next_token_loss_sum
 from hyperlora.tasks.classification import Classification
-from hyperlora.tasks.data import read_rows, survey
+from hyperlora.tasks.data import read_rows, same_rows, survey
 from hyperlora.training import RunInfo, Silent, Trainer, World
 from pipelines.common import load_recipe
 
@@ -126,6 +128,17 @@ def test_the_estimate_counts_the_logits_of_an_evaluation() -> None:
     ]
     assert found[0] == found[1], "training needs more"
     assert found[3] == 2 * found[2]
+
+
+def test_the_estimate_counts_the_largest_share_of_a_batch() -> None:
+    few = ["data.train_rows=64", "data.eval_rows=8", "training.batch_size=32", "training.eval_batch_size=1"]
+    found = [
+        inspect(load_recipe("quickstart", [*few, f"ray.num_workers={n}", "training.gradient_accumulation=4"]))
+        for n in ("[3,8]", "2", "4")
+    ]
+    shared, larger, smaller = (estimate.activation_bytes for estimate in found)
+    # 32 rows in 12 passes, of 2 or 3 rows each.
+    assert (2 * shared, 2 * larger) == (3 * smaller, 4 * smaller)
 
 
 def test_the_estimate_counts_keys_and_values_of_an_evaluation() -> None:
@@ -226,6 +239,18 @@ def test_rows_of_the_hub_without_a_class_are_left_out(tmp_path: Path, monkeypatc
     # -1 is a label like any other where nothing says that it stands for none.
     (root / "README.md").unlink()
     assert survey(hub_data(root), "classification", ("train",))["train"].labels == {"-1", "0", "1"}
+
+
+def test_an_image_beside_the_text_is_the_same_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (1, 1)).save(tmp_path / "one.png")
+    columns = {"sentence": ["a", "b"], "label": [0, 1], "image": [str(tmp_path / "one.png")] * 2}
+    rows = Dataset.from_dict(columns).cast_column("image", Decoded())
+    monkeypatch.setattr("hyperlora.tasks.data.load_dataset", lambda *_, **__: rows)
+    kept = list(rows)  # so that the next ones lie elsewhere
+    found = survey(hub_data(tmp_path), "classification", ("train",))["train"]
+    read = list(same_rows(hub_data(tmp_path), "classification", "train", found))
+    assert [row["sentence"] for row in read] == ["a", "b"]
+    assert str(kept[0]["image"]) != str(read[0]["image"])
 
 
 def test_rows_of_the_hub_are_those_of_the_revision(monkeypatch: pytest.MonkeyPatch) -> None:
