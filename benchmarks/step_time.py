@@ -26,6 +26,8 @@ from pipelines.common import load_recipe, shipped
 
 #: Steps that make one ratio: not all cost the same.
 BLOCK = 20
+#: One ratio has no interval.
+FEWEST = 2 * BLOCK
 ONLY = "peft-adalora,lora,dora,orthogonal,hyperadalora"
 
 
@@ -71,12 +73,14 @@ def main() -> None:
     parser.add_argument("recipe", help="a recipe file or the name of one that ships")
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     parser.add_argument("--only", default=ONLY, help="contestants of the default field, beside its baseline")
-    parser.add_argument("--rounds", type=int, default=200, help=f"timed steps of each, a multiple of {BLOCK}")
+    parser.add_argument(
+        "--rounds", type=int, default=200, help=f"timed steps of each, {FEWEST} or a higher multiple of {BLOCK}"
+    )
     parser.add_argument("--warm-up", type=int, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.rounds < 1 or options.rounds % BLOCK:
-        parser.error(f"--rounds {options.rounds}: a multiple of {BLOCK}")
+    if options.rounds < FEWEST or options.rounds % BLOCK:
+        parser.error(f"--rounds {options.rounds}: {FEWEST} or a higher multiple of {BLOCK}")
     with tempfile.TemporaryDirectory() as folder:
         only = options.only.split(",")
         ratios = measure(options.recipe, options.overrides, only, options.rounds, options.warm_up, folder)

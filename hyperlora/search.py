@@ -1,4 +1,4 @@
-"""Many trials of recipes as Ray tasks, some at a time, each going on where it was.
+"""Many trials of recipes in processes of Ray, some at a time, each going on where it was.
 
 A trial is a recipe with a folder of its own:
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 # Before ray, for the settings that it makes.
-from hyperlora.distributed import cluster, share_rows
+from hyperlora.distributed import cluster, share_rows, unused_gpus
 
 # isort: split
 import ray
@@ -37,7 +37,7 @@ from hyperlora import capacity, packed, runs, storage, training, warm_start
 from hyperlora.config import Recipe, RecipeError, StorageConfig, parse
 from hyperlora.stopping import NonFiniteError, Notice
 from hyperlora.storage import patiently
-from hyperlora.training import RunInfo, Silent
+from hyperlora.training import RunInfo, Silent, World
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ OUTAGE = StorageConfig().retry_seconds
 PEAK = "peak_allocated_bytes"
 #: Between two looks at the heap, each of which takes some ten microseconds or more.
 LOOK_SECONDS = 0.005
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def run(
     sha256: Mapping[str, str] | None = None,
     check: Callable[[], None] = lambda: None,
     started: Callable[[Trial], None] = lambda trial: None,
+    unused: Callable[[float], None] = lambda gpus: None,
     verbose: bool = False,
 ) -> Iterator[Result]:
     """Run what a plan wants until it wants no more; yields every result once, those of earlier runs first.
@@ -116,6 +118,7 @@ def run(
         sha256: of the tokens of each part of the data; results of other rows are refused. None: not looked at.
         check: called before a trial starts; what it raises ends the search.
         started: told of every trial that starts.
+        unused: told how many GPUs the cluster has, where trials ask for none and leave them idle.
         verbose: show the logs of Ray and of the workers.
 
     Raises:
@@ -123,7 +126,8 @@ def run(
             other rows.
     """
     done: dict[str, Result] = {}
-    yield from _recorded(plan, done, set(), sha256)
+    seen: set[str] = set()
+    yield from _recorded(plan, done, seen, sha256)
     if all(trial.name in done for trial in plan(done)):
         return
     # Where workers of one run have to be is nothing to trials, which know nothing of each other.
@@ -135,25 +139,30 @@ def run(
         except RecipeError as error:
             raise RecipeError(capacity.of_trials(error.problems, concurrency)) from error
         notice = stack.enter_context(Notice(interrupts=True))
-        # Processes are kept for the next trial, on a GPU as well: importing everything costs seconds.
-        task = ray.remote(
-            max_retries=0,
-            max_calls=0,
+        if gpus := unused_gpus(recipe):
+            unused(gpus)
+        # Actors, since Ray may give each task of a process another GPU, and PyTorch stays on its first.
+        process: Any = ray.remote(
             num_cpus=settings.cpus_per_worker,
             num_gpus=settings.gpus_per_worker,
             accelerator_type=settings.accelerator_type,  # type: ignore[arg-type]  # None: any
-        )(_train)
-        running: dict[Any, Trial] = {}
+        )(_Process)
+        running: dict[Any, tuple[Trial, Any]] = {}
+        idle: list[Any] = []
         ended: list[Result] = []
         try:
             while True:
-                names = done.keys() | {trial.name for trial in running.values()}
+                names = done.keys() | {trial.name for trial, _ in running.values()}
                 waiting = [trial for trial in plan(done) if trial.name not in names]
                 for trial in waiting[: concurrency - len(running)]:
                     check()
                     runs.record(RunInfo(trial.uri), trial.recipe)
-                    running[task.remote(trial.recipe.model_dump(mode="json"), trial.uri, rows)] = trial
+                    actor = idle.pop() if idle else process.remote()
+                    running[actor.train.remote(trial.recipe.model_dump(mode="json"), trial.uri, rows)] = trial, actor
                     started(trial)
+                # Nothing waits for these: others may have their places.
+                while idle:
+                    ray.kill(idle.pop())
                 # The next trials run while the caller looks at these.
                 yield from ended
                 if not running:
@@ -163,21 +172,27 @@ def run(
                     notice.check()
                     over, _ = ray.wait(list(running), num_returns=1, timeout=1)
                 (ready,) = over
-                trial = running.pop(ready)
-                done[trial.name] = _result(trial, ready)
-                at_work = {trial.name for trial in running.values()}
-                ended = [done[trial.name], *_recorded(plan, done, at_work, sha256)]
+                trial, actor = running.pop(ready)
+                failure = _failure(ready)
+                if failure is None or isinstance(_cause(failure), NonFiniteError):
+                    idle.append(actor)
+                else:  # after an assertion on its GPU, say, every later trial of this process would fail as well
+                    ray.kill(actor)
+                done[trial.name] = _result(trial, failure)
+                ended = [done[trial.name], *_recorded(plan, done, seen, sha256)]
         finally:
-            for reference in running:
-                ray.cancel(reference, force=True)
+            for actor in [*idle, *(actor for _, actor in running.values())]:
+                ray.kill(actor)
 
 
 def _recorded(
-    plan: Plan, done: dict[str, Result], at_work: set[str], sha256: Mapping[str, str] | None
+    plan: Plan, done: dict[str, Result], seen: set[str], sha256: Mapping[str, str] | None
 ) -> Iterator[Result]:
-    """Results that earlier runs left in the folders of wanted trials; they may make a plan want more."""
-    seen = set(at_work)
-    while new := [trial for trial in plan(done) if trial.name not in done and trial.name not in seen]:
+    """Results that earlier runs left in the folders of wanted trials; they may make a plan want more.
+
+    A folder is read once: what is in ``seen``, to which this adds, has been.
+    """
+    while new := [trial for trial in plan(done) if trial.name not in seen]:
         seen |= {trial.name for trial in new}
         for trial in new:
             runs.check_same(trial.uri, trial.recipe)
@@ -205,15 +220,22 @@ def recorded(trial: Trial, sha256: Mapping[str, str] | None = None) -> Result | 
     return None
 
 
-def _result(trial: Trial, reference: Any) -> Result:
-    """What came of a task that ended."""
+def _failure(reference: Any) -> RayError | None:
+    """What a trial's process raised, or that it ended; None when it raised nothing."""
     try:
         ray.get(reference)
     except RayError as error:
-        logger.info("trial %s failed", trial.name, exc_info=error)
+        return error
+    return None
+
+
+def _result(trial: Trial, failure: RayError | None) -> Result:
+    """What came of a trial whose process is done with it."""
+    if failure is not None:
+        logger.info("trial %s failed", trial.name, exc_info=failure)
         peak = (runs.read(trial.uri, MEMORY) or {}).get(PEAK)
         # What fails after the last file has not failed the trial.
-        return recorded(trial) or Result(trial, "failed", reason(error), None, peak, crashed=True)
+        return recorded(trial) or Result(trial, "failed", reason(failure), None, peak, crashed=True)
     found = recorded(trial)
     if found is None:
         return Result(
@@ -227,33 +249,55 @@ def _result(trial: Trial, reference: Any) -> Result:
     return found
 
 
+def _cause(error: BaseException) -> BaseException:
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
 def reason(error: BaseException) -> str:
     """Why a trial failed, in one line."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
+    cause = _cause(error)
     if isinstance(cause, NonFiniteError):
         return str(cause)
-    text = " ".join(str(cause).split())
+    # Of a process that died Ray says first which one that was.
+    text = " ".join(str(cause).split()).rpartition("Worker exit detail: ")[2]
     return f"{type(cause).__name__}: {text if len(text) <= 300 else text[:297] + '...'}"
 
 
 # ---------------------------------------------------------------- in the worker process
 
 
+class _Process:
+    """Trains one trial after the other: importing everything costs seconds."""
+
+    def train(self, content: dict[str, Any], uri: str, rows: str) -> None:
+        _train(content, uri, rows)
+
+
 def _train(content: dict[str, Any], uri: str, rows: str) -> None:
     recipe = parse(content)
+    world = world_of(recipe)
     torch.set_num_threads(max(1, int(recipe.ray.cpus_per_worker)))
     with only_process(uri):
         if runs.result(uri) is not None or runs.read(uri, DIVERGED) is not None:
             return
         try:
-            training.train(recipe, RunInfo(uri, rows=rows), sink=PeakMemory(uri))
+            training.train(recipe, RunInfo(uri, rows=rows), world, PeakMemory(uri, world.device))
         except NonFiniteError as error:
             write(uri, DIVERGED, {"reason": str(error)})
             drop_checkpoints(uri)
             raise
-        warm_start.keep_networks(uri)
-        # They served to go on after a kill; a search of a hundred trials would keep gigabytes of them.
-        drop_checkpoints(uri)
+        keep_networks(uri)
+
+
+def world_of(recipe: Recipe) -> World:
+    """Of a trial in one process: on the GPU that Ray gave it, or on the CPU, since Ray hides no GPU from it."""
+    return World() if recipe.ray.gpus_per_worker else World(device=CPU)
+
+
+def keep_networks(uri: str) -> None:
+    """Of a finished trial's checkpoints: a search of a hundred trials would keep gigabytes of the rest."""
+    warm_start.keep_networks(uri)
+    drop_checkpoints(uri)
 
 
 def drop_checkpoints(uri: str) -> None:
@@ -279,15 +323,16 @@ class PeakMemory(Silent):
     not tell trials apart: how their blocks fit into the holes that others left makes a tenth of it, in either way.
     """
 
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, device: torch.device = CPU) -> None:
+        self._uri, self._device = uri, device
         self._ended = threading.Event()
         # What an earlier trial of this process left behind is not this one's.
         gc.collect()
-        self._heap = None if torch.cuda.is_available() else heap_reader()
-        if torch.cuda.is_available():
+        # A GPU that the trial does not use is not looked at: that alone would take memory there.
+        self._heap = None if device.type == "cuda" else heap_reader()
+        if device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(device)
         elif self._heap is not None:
             self._start = self._highest = self._heap()
             threading.Thread(target=self._watch, args=(self._heap,), name="peak-memory", daemon=True).start()
@@ -301,8 +346,8 @@ class PeakMemory(Silent):
             pause = max(LOOK_SECONDS, 100 * (time.thread_time() - before))
 
     def phase(self, name: str) -> None:
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
         elif self._heap is not None:
             peak = max(self._highest, self._heap()) - self._start
         else:

@@ -18,7 +18,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +27,11 @@ from typing import Any
 # Ray Tune reads these when it is imported: nothing but our own files is written, and Ctrl-C is taken by our Notice.
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+# Seconds that a trial which is stopped may take to leave its process to the next: it may be sending a checkpoint.
+os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "600")
 
 # Before ray, for the settings that it makes.
-from hyperlora.distributed import cluster, growth, living, share_rows
+from hyperlora.distributed import cluster, growth, living, share_rows, unused_gpus
 from hyperlora.distributed import run as run_workers
 
 # isort: split
@@ -42,6 +44,7 @@ from ray.tune.search import Searcher
 
 from hyperlora import capacity, checkpoint, runs, storage, training
 from hyperlora.config import Problem, Recipe, RecipeError, parse
+from hyperlora.ownership import RENEWAL, Lease, OwnedElsewhereError
 from hyperlora.sampling import Objective, Proposals, Values
 from hyperlora.search import (
     DIVERGED,
@@ -49,12 +52,14 @@ from hyperlora.search import (
     Result,
     Trial,
     drop_checkpoints,
+    keep_networks,
     only_process,
     recorded,
+    world_of,
     write,
 )
 from hyperlora.stopping import NonFiniteError, Notice
-from hyperlora.storage import patiently
+from hyperlora.storage import StorageError, patiently
 from hyperlora.training import RunInfo, Silent
 
 VALUES, REPORTS, STOPPED = "values.json", "reports.json", "stopped.json"
@@ -143,6 +148,7 @@ def run(
     check: Callable[[], None] = lambda: None,
     started: Callable[[Trial, int], None],
     over: Callable[[Result], None],
+    unused: Callable[[float], None] = lambda gpus: None,
     trainable: Callable[[dict[str, Any]], None] | None = None,
     verbose: bool = False,
 ) -> None:
@@ -158,6 +164,7 @@ def run(
         check: called before a trial starts; what it raises ends the search.
         started: told of every trial that starts, and how many may run at a time.
         over: told of every trial that ended.
+        unused: told how many GPUs the cluster has, where trials ask for none and leave them idle.
         trainable: instead of training: gets ``name`` and ``uri`` of a trial, reports to Ray Tune and writes
             ``result.json``.
         verbose: show the logs of Ray and of the workers.
@@ -184,7 +191,7 @@ def run(
             continue
         past += 1
         # A run that was killed kept them.
-        drop_checkpoints(trial.uri)
+        (keep_networks if result.status == "finished" else drop_checkpoints)(trial.uri)
         _tell(proposals, search, result)
         _replay(scheduler, result)
         over(result)
@@ -201,6 +208,8 @@ def run(
         cluster(recipe, verbose, dashboard=settings.most > 1),
         Notice(interrupts=True) as notice,
     ):
+        if gpus := unused_gpus(recipe):
+            unused(gpus)
         at_once = min(_at_once(recipe, search.concurrency), search.count - past)
         driver = _Driver(search, proposals, waiting, check, lambda trial: started(trial, at_once), over, notice)
         end.callback(driver.drop_checkpoints)
@@ -297,6 +306,7 @@ class _Driver(tune.Callback):
         self._number = 1 + max((int(t.name.removeprefix("t")) for t in known(search)), default=0)
         self._running: dict[str, Trial] = {}
         self._stopped: list[Trial] = []
+        self._ended = threading.Event()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray Tune pickles its experiment for a restore, which nothing here makes
@@ -334,6 +344,7 @@ class _Driver(tune.Callback):
             write(own.uri, STOPPED, {"step": step, "reason": why})
             result = Result(own, "stopped", why, None, None)
             self._stopped.append(own)
+            threading.Thread(target=self._drop_once_left, args=(own,), name="checkpoints", daemon=True).start()
         self._over(result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -342,8 +353,16 @@ class _Driver(tune.Callback):
         text = Path(trial.error_file).read_text(encoding="utf-8")
         self._over(recorded(own) or Result(own, "failed", _why(text), None, None))
 
+    def _drop_once_left(self, trial: Trial) -> None:
+        """Remove a stopped trial's checkpoints when its process, which may be sending one, has left the folder."""
+        while not self._ended.wait(RENEWAL):
+            with suppress(OwnedElsewhereError, StorageError), Lease(trial.uri):
+                drop_checkpoints(trial.uri)
+                return
+
     def drop_checkpoints(self) -> None:
-        """Remove those of the trials that were stopped."""
+        """Remove those of the trials that were stopped, when all processes are gone."""
+        self._ended.set()
         for trial in self._stopped:
             drop_checkpoints(trial.uri)
 
@@ -408,14 +427,15 @@ def train_trial(info: RunInfo) -> None:
             sink = _Reports(uri, kept)
             try:
                 if recipe.ray.most == 1:
-                    training.train(recipe, info, sink=training.Tee(sink, PeakMemory(uri)))
+                    world = world_of(recipe)
+                    training.train(recipe, info, world, training.Tee(sink, PeakMemory(uri, world.device)))
                 else:
                     _train_workers(recipe, info, sink)
             except NonFiniteError as error:
                 write(uri, DIVERGED, {"reason": str(error)})
                 drop_checkpoints(uri)
                 raise
-            drop_checkpoints(uri)
+            keep_networks(uri)
             done = runs.result(uri)
             assert done is not None, f"the trial in {uri} ended without {runs.RESULT}"
     tune.report(done["evaluations"][-1] | {k: done[k] for k in ("rank_final", "training_seconds")})

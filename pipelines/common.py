@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
@@ -83,10 +84,23 @@ def check_json(path: str | None) -> None:
         raise RecipeError([Problem("--json", path, "a writable file")])
 
 
-def alone(recipe: Recipe) -> Recipe:
-    """The recipe as a trial runs it: one process, without a tracking run of its own, from any working directory."""
+def alone(recipe: Recipe, workers: int = 1) -> Recipe:
+    """The recipe as a trial runs it: one process, without a tracking run of its own, from any working directory.
+
+    A pass has no more rows than one of the recipe's workers has (of a range: where the fewest share a batch), so that
+    a trial needs no more memory.
+
+    Args:
+        recipe: of the search.
+        workers: of the trial, which divide the batch; several are Ray Train's.
+    """
+    training = recipe.training
+    least, rows = training.gradient_accumulation * recipe.ray.fewest, training.batch_size // workers
+    passes = next(n for n in range(math.ceil(least / workers), rows + 1) if rows % n == 0)
+    backend = "ray" if workers > 1 else "local"
     changes = {
-        "ray": recipe.ray.model_copy(update={"backend": "local", "num_workers": 1}),
+        "ray": recipe.ray.model_copy(update={"backend": backend, "num_workers": workers}),
+        "training": training.model_copy(update={"gradient_accumulation": passes}),
         "mlflow": recipe.mlflow.model_copy(update={"enabled": False}),
     }
     return recipe.with_absolute_paths().model_copy(update=changes)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from hyperlora.config import Recipe, first_line
-from hyperlora.training import RunInfo, Silent, Trainer, World, global_batches
+from hyperlora.search import world_of
+from hyperlora.training import RunInfo, Silent, Trainer, global_batches
 
 STEPS = 3
 
@@ -49,7 +50,7 @@ def probe(recipe: Recipe, notes: list[str]) -> Cost | None:
 
 
 def _timed(recipe: Recipe) -> Cost:
-    trainer = Trainer(recipe, RunInfo("memory://probe"), World(), Silent())
+    trainer = Trainer(recipe, RunInfo("memory://probe"), world_of(recipe), Silent())
     batches = global_batches(len(trainer.task.train), recipe.training.batch_size, recipe.seed, 0)
     trainer.train_step(next(batches)).read()  # the first one pays for what is set up once
     started = time.perf_counter()

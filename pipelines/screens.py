@@ -77,6 +77,11 @@ def estimate(recipe: Recipe, e: Estimate) -> RenderableType:
     )
 
 
+def unused_gpus(count: float) -> Text:
+    """That workers or trials ask for no GPU, and the cluster has some."""
+    return Text(f"training on CPUs: ray.gpus_per_worker is 0 (GPUs that stay idle: {count:g})", "yellow")
+
+
 def comparison_plan(
     contestants: Sequence[Contestant], estimates: Mapping[str, Estimate], plan: Mapping[str, Any], out: str
 ) -> RenderableType:

@@ -19,6 +19,7 @@ from hyperlora.config import Recipe, first_line
 from hyperlora.fingerprint import recipe_fingerprint
 from hyperlora.search import Result, Trial, run
 from hyperlora.storage import StorageError, patiently
+from pipelines import screens
 from pipelines.common import check_owned
 from pipelines.progress import TrialsProgress
 
@@ -95,6 +96,7 @@ def run_planned(
         sha256=sha256,
         check=lambda: check_owned(out),
         started=started,
+        unused=lambda gpus: console.print(screens.unused_gpus(gpus), soft_wrap=True),
         verbose=verbose,
     )
     try:

@@ -213,13 +213,14 @@ def resolved(args: Namespace) -> Options:
     )
 
 
-def trial_recipe(recipe: Recipe) -> Recipe:
+def trial_recipe(recipe: Recipe, workers: int = 1) -> Recipe:
     """The recipe that all trials of a search start from: alone, the base model not evaluated again by each."""
-    training = recipe.training.model_copy(update={"eval_before": False})
+    trial = alone(recipe, workers)
+    training = trial.training.model_copy(update={"eval_before": False})
     # Heads and magnitudes learn at one rate whatever rate is varied.
     other = recipe.optimizer.lr if recipe.optimizer.other_lr is None else recipe.optimizer.other_lr
     optimizer = recipe.optimizer.model_copy(update={"other_lr": other})
-    return alone(recipe).model_copy(update={"training": training, "optimizer": optimizer})
+    return trial.model_copy(update={"training": training, "optimizer": optimizer})
 
 
 def _decide(options: Options, estimate: Estimate) -> Study:

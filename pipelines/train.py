@@ -57,8 +57,7 @@ def main(args: Namespace, console: Console) -> int:
             with console.status("starting Ray"):
                 stack.enter_context(cluster(recipe, args.verbose))
             if gpus := unused_gpus(recipe):
-                told = f"training on CPUs: ray.gpus_per_worker is 0 (GPUs that stay idle: {gpus:g})"
-                console.print(Text(told, "yellow"), soft_wrap=True)
+                console.print(screens.unused_gpus(gpus), soft_wrap=True)
         with console.status("claiming the run's folder"):
             claimed, lease = _claim(recipe, args.resume, console)
         stack.enter_context(lease)

@@ -180,7 +180,7 @@ def resolved(args: Namespace) -> Options:
         # Stopping by one objective would decide the trade-off.
         if args.stop_on in metrics and len(objectives) == 1:
             watched = Objective(args.stop_on, metrics[args.stop_on])
-        if workers > 0 and recipe.training.batch_size % (workers * recipe.training.gradient_accumulation):
+        if workers > 0 and recipe.training.batch_size % workers:
             problems.append(
                 Problem("--workers", workers, f"must divide the batch of {recipe.training.batch_size} rows")
             )
@@ -193,13 +193,10 @@ def resolved(args: Namespace) -> Options:
     keys = {p.key for p in space.parameters}
     if prunes and any(o.name == "rank_final" for o in objectives) and KEPT_RANK.key not in keys:
         space = space.model_copy(update={"parameters": (*space.parameters, KEPT_RANK)})
-    base = trial_recipe(recipe)
-    several = {"num_workers": workers, "backend": "ray" if workers > 1 else "local"}
-    base = base.model_copy(update={"ray": base.ray.model_copy(update=several)})
     shown = ("space", "trials", "sampler", "metric", "objectives", "stop-on", "evaluations", "seed", "workers")
     out = storage.absolute(args.out or f"{recipe.storage.uri}/tune-{recipe.name}-{space.name}")
     return Options(
-        recipe=base,
+        recipe=trial_recipe(recipe, workers),
         tracked=recipe,
         space=space,
         sampler=args.sampler,
@@ -329,8 +326,11 @@ def _run(tuned: Tuning, sha256: Mapping[str, str], console: Console, verbose: bo
             check=lambda: check_owned(tuned.options.out),
             started=started,
             over=over,
+            unused=lambda gpus: console.print(screens.unused_gpus(gpus), soft_wrap=True),
             verbose=verbose,
         )
+    except RecipeError as error:
+        raise RecipeError([_named(p, tuned.options) for p in error.problems]) from error
     except KeyboardInterrupt:
         _write(tuned, done, running)
         raise
@@ -341,6 +341,14 @@ def _run(tuned: Tuning, sha256: Mapping[str, str], console: Console, verbose: bo
         return _write(tuned, done, running)
     finally:
         progress.close()
+
+
+def _named(problem: Problem, options: Options) -> Problem:
+    """A refusal of what nobody has typed, as one of the options that it follows from."""
+    if problem.field != "training.eval_every" or options.recipe.training.eval_every is not None:
+        return problem
+    allowed = f"what gives the trials of one search the same training.eval_every: {problem.allowed}"
+    return Problem("--evaluations, --stop-on, --objectives", f"training.eval_every={problem.value}", allowed)
 
 
 def _best(done: Mapping[str, Mapping[str, Any]], tuned: Tuning) -> str:

@@ -321,7 +321,8 @@ class BoundSpace:
         """
         # What the recipe says of a parameter may be refused where that does not exist, as k beside cubic.
         absent = [d.key for d in self.domains if not d.exists(values) and _null_by_default(self.recipe, d.key)]
-        return recipe_with(self.recipe, dict.fromkeys(absent) | dict(values))
+        # A trial has a working directory of its own, and choices may be paths.
+        return recipe_with(self.recipe, dict.fromkeys(absent) | dict(values)).with_absolute_paths()
 
     def some(self) -> Iterator[Values]:
         """The first points of the grid, and as many drawn from all of it: of a small one every point."""
@@ -384,8 +385,8 @@ def _domain(p: Parameter, recipe: Recipe, facts: Facts) -> Domain:
     present = _present(recipe, facts)
     default = _at(recipe, p.key) if p.default is None else p.default
     if p.choices:
-        if p.default is None and default not in p.choices:
-            default = p.choices[0]
+        # As the choices have it: a recipe's 0.0 and a choice of 0 are one point.
+        default = next((choice for choice in p.choices if choice == default), p.choices[0])
         return Domain(p.key, p.label or p.key, 0, 0, False, False, p.choices, p.choices, default, p.when)
     assert p.low is not None
     assert p.high is not None

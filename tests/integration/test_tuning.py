@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def stand_in(config: dict[str, Any]) -> None:
         tune.report(seen[-1])
 
 
+def slow_to_leave(config: dict[str, Any]) -> None:
+    """As one whose last checkpoint is on its way to a slow store when it is stopped."""
+    try:
+        stand_in(config)
+    except SystemExit:
+        time.sleep(4)
+        raise
+
+
 def loss(values: dict[str, Any]) -> float:
     """Lowest, 0, at x = 0.01, n = 8."""
     return (math.log10(values["x"]) + 2) ** 2 + 0.3 * (math.log2(values["n"]) - 3) ** 2
@@ -69,6 +79,7 @@ def search(
     stopping: Stopping | None = None,
     points: list[dict[str, Any]] | None = None,
     objective: Objective = LOSS,
+    trainable: Callable[[dict[str, Any]], None] = stand_in,
 ) -> list[tuple[dict[str, Any], Result]]:
     """Points and results of a search, one trial at a time, in the order in which they ended; those of before first."""
     content = small_recipe(folder)
@@ -84,7 +95,7 @@ def search(
     proposals = Proposals("grid" if points else "tpe", space, [objective], seed=0)
     wanted = Search(str(folder), count, make, [objective], stopping, concurrency=1)
     found: list[Result] = []
-    run(wanted, recipe, proposals, started=lambda trial, most: None, over=found.append, trainable=stand_in)
+    run(wanted, recipe, proposals, started=lambda trial, most: None, over=found.append, trainable=trainable)
     return [(made[r.trial.name], r) for r in found]
 
 
@@ -121,6 +132,13 @@ def test_the_worse_ones_are_stopped_whichever_way_the_metric_points(metric: str,
             assert last_step(tmp_path, result) < STEPS
             assert "stopped early at step" in str(result.reason)
         seen.append(here)
+    assert {result.status for _, result in found} == {"finished", "stopped"}
+
+
+def test_a_stopped_trial_that_is_slow_to_leave_does_not_fail_the_next(tmp_path: Path) -> None:
+    stopping = Stopping("loss", higher=False, first=RUNGS[0], last=STEPS)
+    points = [{"x": 10.0**-e, "n": 8} for e in range(4)]
+    found = search(tmp_path, len(points), stopping, points, trainable=slow_to_leave)
     assert {result.status for _, result in found} == {"finished", "stopped"}
 
 

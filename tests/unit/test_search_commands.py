@@ -7,6 +7,7 @@ import json
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,16 +21,16 @@ import trials
 from mlflow import MlflowClient
 from rich.console import Console
 
-from hyperlora import capacity, runs, search, storage, tracking, tuning
+from hyperlora import capacity, distributed, runs, search, storage, tracking, tuning, warm_start
 from hyperlora.capacity import Group, Growth, Node
 from hyperlora.config import Recipe, RecipeError
 from hyperlora.field import Entry
-from hyperlora.ownership import ReplacedError
+from hyperlora.ownership import Lease, ReplacedError
 from hyperlora.preflight import inspect
 from hyperlora.sampling import Objective, Proposals, Searched
 from hyperlora.search import DIVERGED, Result, Trial, write
 from hyperlora.stopping import NonFiniteError
-from hyperlora.training import RunInfo, train
+from hyperlora.training import RunInfo, Sink, World, train
 from hyperlora.tuning import REPORTS, STOPPED, VALUES, Search, Stopping
 from pipelines import compare, cost, searching, study, tune
 from pipelines.cli import parse_arguments
@@ -37,6 +38,7 @@ from pipelines.common import load_recipe
 from pipelines.cost import Cost, probe
 
 STEPS = 120  # of the quickstart
+SECONDS = {"training_seconds": 1.0}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -327,6 +329,121 @@ def test_planned_trials_ask_for_the_accelerator_of_the_recipe_and_for_no_placeme
         next(search.run(lambda done: planned, recipe, 3))
 
 
+def test_what_waits_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each start anew it would be seconds on a store, in which a GPU stands idle."""
+    reads: Counter[str] = Counter()
+    read = runs.read
+
+    def counted(uri: str, name: str) -> Any:
+        reads[f"{Path(uri).name}/{name}"] += 1
+        return read(uri, name)
+
+    class Train:
+        """Of a process: done at once."""
+
+        def remote(self, content: dict[str, Any], uri: str, rows: str) -> str:
+            Path(uri, runs.RESULT).write_bytes(storage.sealed({"evaluations": []}))
+            return uri
+
+    actor = SimpleNamespace(remote=lambda: SimpleNamespace(train=Train()))
+    ray = SimpleNamespace(
+        remote=lambda **options: lambda process: actor,
+        wait=lambda references, **options: (references[:1], references[1:]),
+        get=lambda reference: None,
+        kill=lambda actor: None,
+    )
+    monkeypatch.setattr(search, "ray", ray)
+    monkeypatch.setattr(search, "cluster", lambda *arguments, **options: nullcontext())
+    monkeypatch.setattr(search, "unused_gpus", lambda recipe: 0)
+    monkeypatch.setattr(search, "share_rows", lambda recipe: "")
+    monkeypatch.setattr(runs, "read", counted)
+    recipe = load_recipe("quickstart", ["ray.num_workers=1"])
+    planned = [Trial(f"t{n}", str(tmp_path / f"t{n}"), recipe) for n in range(5)]
+    assert [r.status for r in search.run(lambda done: planned, recipe, 1)] == ["finished"] * 5
+    assert {reads[f"t{n}/{DIVERGED}"] for n in range(5)} == {1}
+    # Its result is read once more when it is there.
+    assert {reads[f"t{n}/{runs.RESULT}"] for n in range(5)} == {2}
+
+
+@pytest.mark.usefixtures("without_pages")
+@pytest.mark.parametrize("command", [compare, study, tune])
+def test_gpus_that_trials_leave_idle_are_told(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(*arguments: Any, unused: Callable[[float], None], **options: Any) -> Any:
+        unused(2)
+        raise InterruptedError
+
+    monkeypatch.setattr(searching, "run", told)
+    monkeypatch.setattr(tuning, "run", told)
+    screen = io.StringIO()
+    for module in (tune, study):
+        monkeypatch.setattr(module, "probe", lambda recipe, notes: None)
+    words = [command.__name__.rsplit(".", 1)[1], "quickstart", "data.train_rows=64", "data.eval_rows=8"]
+    words += ["mlflow.enabled=false", "--out", str(tmp_path / "out")]
+    with pytest.raises(InterruptedError):
+        command.main(parse_arguments(words), Console(file=screen, width=200))
+    assert "training on CPUs: ray.gpus_per_worker is 0 (GPUs that stay idle: 2)" in screen.getvalue()
+
+
+@pytest.mark.parametrize(("gpus", "told"), [("0", [2.0]), ("0.5", [])])
+@pytest.mark.parametrize("where", [tuning, search])
+def test_a_search_knows_which_gpus_its_trials_leave_idle(
+    where: Any, gpus: str, told: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(distributed, "living", lambda: [Node({"CPU": 4, "GPU": 2})])
+    monkeypatch.setattr(where, "cluster", lambda *arguments, **options: nullcontext())
+    monkeypatch.setattr(search, "share_rows", lambda recipe: "")
+    monkeypatch.setattr(search, "ray", SimpleNamespace(remote=stop))
+    monkeypatch.setattr(tuning, "_at_once", stop)
+    found: list[float] = []
+    recipe = load_recipe("quickstart", ["ray.num_workers=1", f"ray.gpus_per_worker={gpus}"])
+    planned = [Trial("t1", str(tmp_path / "t1"), recipe)]
+    asks = f"ray.gpus_per_worker={gpus}"
+    start = {
+        tuning: lambda: tuned(tmp_path, 1, asks, trainable=lambda config: None, unused=found.append),
+        search: lambda: list(search.run(lambda done: planned, recipe, 1, unused=found.append)),
+    }
+    with pytest.raises(InterruptedError):
+        start[where]()
+    assert found == told
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0.0, "cpu"), (0.5, "cuda")])
+@pytest.mark.parametrize("where", [tuning, search])
+def test_a_trial_is_on_the_gpu_that_it_asks_for_and_otherwise_on_the_cpu(
+    where: Any, gpus: float, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever GPUs its process sees; what measures its memory looks at no other device either."""
+    devices: list[str] = []
+
+    def train(recipe: Recipe, info: RunInfo, world: World, sink: Sink) -> None:
+        devices.append(world.device.type)
+        sink.phase("training")
+        Path(info.uri, runs.RESULT).write_bytes(storage.sealed({"evaluations": [{}], "rank_final": 1} | SECONDS))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: devices.append("cuda"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda at: devices.append(at.type))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda at: devices.append(at.type) or 1)
+    monkeypatch.setattr(where.training, "train", train)
+    monkeypatch.setattr(tuning.tune, "report", lambda metrics: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    made = trial(tmp_path, "t0001", values={"x": 1})
+    recipe = load_recipe("quickstart", ["ray.num_workers=1", f"ray.gpus_per_worker={gpus}"])
+    runs.record(RunInfo(made.uri), recipe)
+    if where is tuning:
+        tuning.train_trial(RunInfo(made.uri))
+    else:
+        search._train(recipe.model_dump(mode="json"), made.uri, "")
+    assert set(devices) == {device}
+    monkeypatch.setattr(cost, "Trainer", lambda recipe, info, world, sink: devices.append(world.device.type))
+    with pytest.raises(AttributeError):  # of a trainer that is none
+        cost._timed(recipe)
+    assert set(devices) == {device}, "its steps are timed there as well"
+
+
 @pytest.mark.usefixtures("without_pages")
 def test_a_search_shows_what_became_of_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of an earlier run and a failed one; two that are stopped after an eighth and three eighths."""
@@ -378,12 +495,12 @@ def with_checkpoints(folder: Path) -> set[str]:
     return {path.parent.name for path in folder.glob("trials/*/checkpoints")}
 
 
-def tuned(folder: Path, count: int, *changes: str, **options: Any) -> list[str]:
+def tuned(folder: Path, count: int, *changes: str, measured: str = "loss", **options: Any) -> list[str]:
     """Names and ends of the trials of a search in a folder."""
     recipe, told = load_recipe("quickstart", ["ray.num_workers=1", *changes]), []
     parameter = {"key": "x", "choices": (), "low": 0, "high": 9, "log": False, "integer": True}
     space = Searched([parameter], lambda t: {"x": t.suggest_int("x", 0, 9)}, lambda values: None)
-    objective = Objective("loss", False)
+    objective = Objective(measured, False)
     proposals = Proposals("random", space, [objective], 1)
     wanted = Search(str(folder), count, lambda name, v: Trial(name, f"{folder}/trials/{name}", recipe, v), [objective])
 
@@ -420,16 +537,97 @@ def test_an_interrupted_search_drops_the_checkpoints_of_stopped_trials_when_ray_
             for _ in range(2):
                 made = self.driver.next()
                 Path(made.uri, "checkpoints").mkdir()
+            at_work.append(Lease(f"{tmp_path}/trials/t0001"))
             self.driver.on_trial_complete(0, [], SimpleNamespace(config={"name": "t0001"}, last_result={"step": 3}))
             raise KeyboardInterrupt
 
+    at_work: list[Lease] = []
     monkeypatch.setattr(tuning, "cluster", cluster)
+    monkeypatch.setattr(tuning, "unused_gpus", lambda recipe: 0)
     monkeypatch.setattr(tuning, "_at_once", lambda recipe, asked: 2)
     monkeypatch.setattr(tuning.tune, "Tuner", Tuner)
+    monkeypatch.setattr(tuning, "RENEWAL", 0.01)
     with pytest.raises(KeyboardInterrupt):
         tuned(tmp_path, 3, trainable=lambda config: None)
+    at_work[0].release()
     assert (tmp_path / "trials/t0001" / STOPPED).is_file()
     assert with_checkpoints(tmp_path) == {"t0002"}
+
+
+def test_a_stopped_trial_loses_its_checkpoints_when_its_process_has_left_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not only when the search ends: those of a large model fill a disk."""
+    left: list[set[str]] = []
+
+    class Tuner:
+        def __init__(self, trainable: Any, *, run_config: Any, **options: Any) -> None:
+            (self.driver,) = run_config.callbacks
+
+        def fit(self) -> None:
+            made = self.driver.next()
+            Path(made.uri, "checkpoints").mkdir()
+            at_work = Lease(made.uri)
+            self.driver.on_trial_complete(0, [], SimpleNamespace(config={"name": "t0001"}, last_result={"step": 3}))
+            time.sleep(0.5)
+            left.append(with_checkpoints(tmp_path))
+            at_work.release()
+            end = time.monotonic() + 60
+            while with_checkpoints(tmp_path) and time.monotonic() < end:
+                time.sleep(0.01)
+            left.append(with_checkpoints(tmp_path))
+
+    monkeypatch.setattr(tuning, "cluster", lambda *arguments, **options: nullcontext())
+    monkeypatch.setattr(tuning, "unused_gpus", lambda recipe: 0)
+    monkeypatch.setattr(tuning, "_at_once", lambda recipe, asked: 1)
+    monkeypatch.setattr(tuning.tune, "Tuner", Tuner)
+    monkeypatch.setattr(tuning, "RENEWAL", 0.01)
+    assert tuned(tmp_path, 2, trainable=lambda config: None) == ["t0001 stopped"]
+    assert left == [{"t0001"}, set()]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_finished_trial_keeps_the_hypernetworks_that_others_start_from(
+    killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it was killed between its result and that."""
+    words = ["ray.num_workers=1", "data.train_rows=64", "data.eval_rows=8", "training.steps=2"]
+    made = Trial("t0001", f"{tmp_path}/trials/t0001", load_recipe("quickstart", words))
+    runs.record(RunInfo(made.uri), made.recipe)
+    write(made.uri, VALUES, {"x": 1})
+    if killed:
+        train(made.recipe, RunInfo(made.uri))
+        assert with_checkpoints(tmp_path) == {"t0001"}
+        assert tuned(tmp_path, 1, *words, measured="held_out_loss") == ["t0001 finished"]
+    else:
+        monkeypatch.setattr(tuning.tune, "report", lambda metrics: None)
+        monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+        tuning.train_trial(RunInfo(made.uri))
+    assert not with_checkpoints(tmp_path)
+    assert warm_start.read(made.uri).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("then", "now"), [([], ["--evaluations", "4"]), (["--evaluations", "4"], ["--stop-on", "none"])]
+)
+def test_other_evaluations_than_before_are_refused_by_the_options_that_give_them(
+    then: list[str], now: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials would be compared at other steps. With the recipe's own key nothing else decides."""
+    words = ["quickstart", "data.train_rows=64", "data.eval_rows=8", "--space", "smoke", "--trials", "2"]
+    options = tune.resolved(parse_arguments(["tune", *words, *then, "--out", str(tmp_path / "out")]))
+    begun = tune._decide(options, inspect(options.recipe))
+    made = begun.trial("t0001", begun.space.default())
+    runs.record(RunInfo(made.uri), made.recipe)
+    write(made.uri, VALUES, made.key)
+    monkeypatch.setattr(tune, "probe", lambda recipe, notes: None)
+    options_named = (
+        r"1 problem:\n  --evaluations, --stop-on, --objectives: got 'training.eval_every=\w+'; .* was run with"
+    )
+    with pytest.raises(RecipeError, match=options_named):
+        run(tune, tmp_path, *words[3:], "mlflow.enabled=false", *now)
+    with pytest.raises(RecipeError, match=r"1 problem:\n  training.eval_every: got 7; .* was run with"):
+        run(tune, tmp_path, *words[3:], "mlflow.enabled=false", "training.eval_every=7")
 
 
 def test_trials_of_a_search_ask_for_the_accelerator_of_the_recipe(
@@ -442,6 +640,7 @@ def test_trials_of_a_search_ask_for_the_accelerator_of_the_recipe(
         raise InterruptedError
 
     monkeypatch.setattr(tuning, "cluster", lambda *arguments, **options: nullcontext())
+    monkeypatch.setattr(tuning, "unused_gpus", lambda recipe: 0)
     monkeypatch.setattr(tuning, "_at_once", lambda recipe, asked: 1)
     monkeypatch.setattr(tuning.tune, "with_resources", with_resources)
     for changes in ([], ["ray.gpus_per_worker=0.5", "ray.accelerator_type=L4"]):

@@ -85,6 +85,23 @@ def test_ranges_are_in_units_of_the_run() -> None:
     assert {d.key: d for d in bound("joint").domains}["optimizer.lr"].high == pytest.approx(0.08)
 
 
+def test_paths_among_choices_are_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial has a working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    start = Parameter(key="hypernetwork.init_from", choices=("runs/a", "runs/b"))
+    space = Space(name="warm", parameters=(start,)).bind(recipe(), estimate())
+    source = space.recipe_at({"hypernetwork.init_from": "runs/b"}).hypernetwork.init_from
+    assert source == str(tmp_path / "runs/b")
+
+
+def test_the_recipes_value_is_the_choice_that_it_equals() -> None:
+    """A sampler, and the files of trials, tell 0.0 from 0: the point would run twice."""
+    decay = Parameter(key="optimizer.weight_decay", choices=(1, 0))
+    space = Space(name="decay", parameters=(decay,)).bind(recipe(), estimate())
+    assert recipe().optimizer.weight_decay == 0.0
+    assert json.dumps(space.default()) in [json.dumps(point) for point in space.grid()]
+
+
 @pytest.mark.parametrize("design", ["grid", "fraction", "sobol"])
 def test_designs_hold_only_points_that_reach_the_target(design: Any) -> None:
     space = bound("pruning")
