@@ -17,7 +17,18 @@ from matplotlib.figure import Figure
 
 from hyperlora.figures import rank_table
 from hyperlora.page import INK, PALETTE, figure, page, section, significant, size
-from hyperlora.verdict import LOSS, LOSS_DIFFERENCE, METRIC, STEPS, STEPS_GOAL, TIME, all_reached, number, words
+from hyperlora.verdict import (
+    LOSS,
+    LOSS_DIFFERENCE,
+    METRIC,
+    STEPS,
+    STEPS_GOAL,
+    TIME,
+    all_reached,
+    number,
+    waited_share,
+    words,
+)
 
 Contestant = Mapping[str, Any]
 
@@ -174,6 +185,8 @@ def _tables(contestants: Sequence[Contestant], looks: Mapping[str, Any], result:
         "ranks alike over seeds, ρ": lambda c: _mean(c["rank_stability"], number),
         "seeds": lambda c: _mean(len(c["trials"]), plain),
     }
+    if waited_share(result) is not None:
+        costs["waited for a processor"] = mean("waited_share", "{:.0%}".format)
     note = "Means over seeds; below each its 95 % interval. The baseline is the first row."
     return _table(contestants, looks, main, note) + _table(contestants, looks, costs, "Means over seeds.")
 

@@ -25,6 +25,7 @@ from hyperlora.adapters import build_model, load_tokenizer
 from hyperlora.baselines import AdapterOptimizer, PeftAdaLoRA, UnequalLoRA
 from hyperlora.checkpoint import Checkpoint, RefusedError
 from hyperlora.config import OptimizerConfig, Problem, Recipe, RecipeError, schedule_problems
+from hyperlora.contention import waited
 from hyperlora.eva import EVA_BATCHES, redistribute_ranks
 from hyperlora.export import PlainAdapter, adapter_files, plain_adapter, write_adapter
 from hyperlora.monitors import Monitors, MonitorWarning, monitors_of
@@ -385,6 +386,8 @@ class Trainer:
         self.evaluations: list[dict[str, float]] = []
         self.rank_history: list[tuple[int, int]] = [(0, self.optimizer.live)]
         self.training_seconds = 0.0
+        #: Of the steps of this process: what they took, and how much of that they waited for a processor.
+        self._watched, self._waited = 0.0, 0.0
         self.tokens_seen = 0
         self.warm_start: dict[str, Any] | None = None
         writer = None if run.owner is None else f"{ownership.number(run.owner):08d}-{secrets.token_hex(3)}"
@@ -547,6 +550,7 @@ class Trainer:
         self.losses.append(metrics["loss"])
         self.step_seconds.append(metrics["step_seconds"])
         self.training_seconds += metrics["step_seconds"]
+        self._watched += metrics["step_seconds"]
         self.tokens_seen += pending.tokens
         statistics, warnings = self.monitors.step(pending.step, metrics["loss"], metrics["grad_norm"])
         if self.world.rank == 0:
@@ -585,7 +589,9 @@ class Trainer:
         batches = global_batches(len(self.task.train), t.batch_size, self.recipe.seed, self.step)
         waiting: PendingMetrics | None = None
         while self.step < self.total_steps:
+            before = waited()
             newest = self.train_step(next(batches))
+            self._waited += (waited() or 0.0) - (before or 0.0)
             if self.world.size == 1:  # nobody has to agree
                 self._told_to_stop |= self._stop()
             if waiting is not None:
@@ -715,6 +721,7 @@ class Trainer:
             "steps": self.step,
             "tokens_per_second": self.tokens_seen / self.training_seconds if self.training_seconds else 0.0,
             "training_seconds": self.training_seconds,
+            "waited_share": None if waited() is None or not self._watched else self._waited / self._watched,
             "loop_seconds": seconds,
             "workers": self.world.size,
             "losses": self.losses,

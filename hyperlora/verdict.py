@@ -12,6 +12,8 @@ Contestant = Mapping[str, Any]
 
 # The goal: at least 20 % fewer steps, at most 3 % more time per step, held-out metric not worse.
 STEPS_GOAL, TIME_GOAL = 0.8, 1.03
+#: Share of their steps' time that trials may wait for a processor before their times are none of theirs.
+BUSY = 0.05
 STEPS, TIME, METRIC = "steps_to_final_ratio", "seconds_per_step_ratio", "metric_difference"
 LOSS, LOSS_DIFFERENCE = "held_out_loss", "held_out_loss_difference"
 
@@ -80,6 +82,17 @@ def gap_sides(c: Contestant, result: Mapping[str, Any], key: str = METRIC) -> tu
     return side * beyond(shown, row), side * beyond(_by_t(shown), row)
 
 
+def waited_share(result: Mapping[str, Any]) -> float | None:
+    """The largest share of its steps' time that a reported trial waited for a processor; None where nobody counted."""
+    shares = [t.get("waited_share") for c in result["contestants"] for t in c["trials"]]
+    return max((share for share in shares if share is not None), default=None)
+
+
+def busy(result: Mapping[str, Any]) -> bool:
+    """Whether others were at work beside the trials, so that times say little."""
+    return (waited_share(result) or 0.0) > BUSY
+
+
 def shortfalls(c: Contestant, result: Mapping[str, Any]) -> list[str]:
     """What keeps a contestant from the goal; empty when it meets it."""
     steps, time = c["against_baseline"][STEPS], c["against_baseline"][TIME]
@@ -103,7 +116,9 @@ def shortfalls(c: Contestant, result: Mapping[str, Any]) -> list[str]:
     if -1 in sides:
         which = "the interval" if sides == (-1, -1) else "one of its two intervals"
         found.append(f"{words(result['metric'])} is worse beyond {which}")
-    if time["mean"] > TIME_GOAL:
+    if busy(result):
+        found.append("its time per step cannot be told")
+    elif time["mean"] > TIME_GOAL:
         found.append(f"a step takes {_time(time)} time")
     return found
 
@@ -143,8 +158,13 @@ def _findings(base: Contestant, rivals: Sequence[Contestant], result: Mapping[st
         f"The strongest of {len(rivals)} contestant{'s' if len(rivals) > 1 else ''} against the baseline "
         f"({base['label']}) is "
         f"{best['label']}: it takes {_steps(steps)} steps to the baseline's own final "
-        f"training loss (ratio {_ratio(steps)}), its {metric} differs by {difference(gap, higher)}, and a step takes "
-        f"{_time(time)} time (ratio {_ratio(time)}).",
+        f"training loss (ratio {_ratio(steps)}), "
+        + (
+            f"and its {metric} differs by {difference(gap, higher)}."
+            if busy(result)
+            else f"its {metric} differs by {difference(gap, higher)}, and a step takes {_time(time)} time "
+            f"(ratio {_ratio(time)})."
+        ),
         "The goal (at least 20 % fewer steps, held-out metric not worse, at most 3 % more time per step) is "
         + (
             f"not met: {'; '.join(lacks)}."
@@ -165,7 +185,7 @@ def _findings(base: Contestant, rivals: Sequence[Contestant], result: Mapping[st
         (single, "Whether in fewer or more steps, one seed does not tell: "),
     ):
         if group:
-            sentences.append(text + "; ".join(_item(c) for c in group) + ".")
+            sentences.append(text + "; ".join(_item(c, not busy(result)) for c in group) + ".")
     sentences += _held_out(rivals, result, METRIC, metric)
     if result["metric"] != LOSS:
         sentences += _held_out(rivals, result, LOSS_DIFFERENCE, words(LOSS))
@@ -191,6 +211,11 @@ def _held_out(rivals: Sequence[Contestant], result: Mapping[str, Any], key: str,
 
 def _warnings(result: Mapping[str, Any]) -> list[str]:
     sentences = []
+    if busy(result):
+        sentences.append(
+            f"Times say little: others were at work on the machine, and trials waited for a processor up to "
+            f"{100 * (waited_share(result) or 0):.0f} % of their time."
+        )
     at_edge = [c for c in result["contestants"] if c["edge"] is not None and c["best_lr"] is not None]
     if at_edge:
         rates = "; ".join(f"{c['label']} (the {c['edge']}est, {c['best_lr']:g})" for c in at_edge)
@@ -285,15 +310,13 @@ def _ratio(entry: Mapping[str, Any]) -> str:
     return f"{bound}{number(entry['mean'])}, 95 % interval {_range(entry)}, n = {entry['n']}"
 
 
-def _item(c: Contestant) -> str:
+def _item(c: Contestant, timed: bool) -> str:
     s, t = c["against_baseline"][STEPS], c["against_baseline"][TIME]
     seeds = "" if all_reached(s) else f"; reached under {s['reached']} of {s['n']} seeds"
     shown, by_t = step_sides(c)
     other = "" if shown == by_t else f", by Student's t {_range(_by_t(s, ratios=True))}"
-    return (
-        f"{c['label']} {'at least ' if seeds else ''}{number(s['mean'])} ({_range(s)}{other}{seeds}) "
-        f"at {number(t['mean'])} times the time per step"
-    )
+    found = f"{c['label']} {'at least ' if seeds else ''}{number(s['mean'])} ({_range(s)}{other}{seeds})"
+    return f"{found} at {number(t['mean'])} times the time per step" if timed else found
 
 
 def _names(contestants: Any) -> str:

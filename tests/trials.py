@@ -27,6 +27,7 @@ def record(
     metric: float = 0.8,
     step_seconds: float = 0.1,
     ranks: Sequence[int] = (4, 3, 2, 1),
+    waited_share: float | None = None,
 ) -> dict[str, Any]:
     """One trial; a failed one when there are no losses."""
     base = {"contestant": contestant, "lr": lr, "seed": seed, "stage": stage}
@@ -41,6 +42,7 @@ def record(
     outcome = {
         "losses": list(losses),
         "step_seconds": [step_seconds] * len(losses),
+        "waited_share": waited_share,
         "metric": "accuracy",
         "higher_is_better": True,
         "metric_after": metric,

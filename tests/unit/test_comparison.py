@@ -24,6 +24,7 @@ from hyperlora.comparison import (
     smoothed,
     steps_to,
 )
+from hyperlora.report import comparison_page
 from hyperlora.verdict import change, verdict
 
 
@@ -316,6 +317,16 @@ def test_verdict_on_a_winner() -> None:
 def test_speed_alone_does_not_meet_the_goal(rest: dict[str, Any], reason: str) -> None:
     text = field(lambda s: decay(1.5), **rest)["verdict"]
     assert f"is not met: {reason}." in text
+
+
+@pytest.mark.parametrize(("share", "told"), [(None, True), (0.04, True), (0.63, False)])
+def test_times_of_trials_beside_others_are_no_times(share: float | None, told: bool) -> None:
+    result = field(lambda s: decay(1.5), step_seconds=0.11, waited_share=share)
+    text = result["verdict"]
+    assert ("10 % more time" in text) == ("1.10 times the time per step" in text) == told
+    assert ("is not met: its time per step cannot be told." in text) == (not told)
+    assert ("trials waited for a processor up to 63 % of their time" in text) == (not told)
+    assert ("waited for a processor" in comparison_page(result)) == (share is not None)
 
 
 def test_verdict_on_a_small_gain_a_tie_and_a_loser() -> None:
