@@ -18,6 +18,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import trials
+from datasets import Dataset
 from mlflow import MlflowClient
 from rich.console import Console
 
@@ -30,7 +31,7 @@ from hyperlora.preflight import inspect
 from hyperlora.sampling import Objective, Proposals, Searched
 from hyperlora.search import DIVERGED, Result, Trial, write
 from hyperlora.stopping import NonFiniteError
-from hyperlora.training import RunInfo, Sink, World, train
+from hyperlora.training import RunInfo, Sink, Trainer, World, train
 from hyperlora.tuning import REPORTS, STOPPED, VALUES, Search, Stopping
 from pipelines import compare, cost, searching, study, tune
 from pipelines.cli import parse_arguments
@@ -73,7 +74,7 @@ def test_timing_leaves_no_memory_behind_and_a_failure_is_a_note(reason: str, mon
 
     class Stub:
         def __init__(self, *arguments: Any) -> None:
-            self.task = SimpleNamespace(train=range(64))
+            self.task = SimpleNamespace(train=range(64), held_out=Dataset.from_dict({"n": list(range(8))}))
             self.me = self  # what a model and its hooks do
             made.append(weakref.ref(self))
 
@@ -94,6 +95,28 @@ def test_timing_leaves_no_memory_behind_and_a_failure_is_a_note(reason: str, mon
     assert (found is None) == bool(reason)
     line = reason.partition("\n")[0]
     assert notes == [f"no estimate of the time, since a few steps failed: {line}"] * bool(reason)
+
+
+def test_a_part_of_an_evaluation_tells_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def evaluated(trainer: Trainer) -> None:
+        rows.append(len(trainer.task.held_out))
+        time.sleep(0.01 * rows[-1])
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluated)
+    found = probe(load_recipe("quickstart", ["training.eval_batch_size=10"]), [])
+    assert rows == [20]
+    assert found is not None
+    assert found.evaluation > 0.01 * 200
+
+
+def test_without_a_gpu_the_time_on_one_is_not_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cost, "_timed", lambda recipe: pytest.fail("nothing is to run"))
+    notes: list[str] = []
+    assert probe(load_recipe("quickstart", ["ray.gpus_per_worker=1"]), notes) is None
+    assert notes == ["no estimate of the time: trials run on GPUs, and this machine has none"]
 
 
 @pytest.mark.parametrize("command", [tune, study])
