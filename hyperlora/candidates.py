@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hyperlora import runs
-from hyperlora.config import Problem, Recipe, RecipeError, parse
+from hyperlora.config import Problem, Recipe, RecipeError, parse_recorded
 from hyperlora.effects import mean_interval
 from hyperlora.study import measured
 from hyperlora.tasks import FAMILIES
@@ -149,7 +149,7 @@ def _candidate(uri: str, metric: str | None) -> Candidate:
         raise RecipeError(
             [Problem("STUDY_OR_RUN", uri, "the folder of a finished run: result.json or run.json is missing")]
         )
-    recipe = parse(begun["recipe"])
+    recipe = parse_recorded(begun["recipe"])
     name = metric or FAMILIES[recipe.task.kind].metric
     try:
         value, higher = measured(outcome, name)

@@ -16,6 +16,7 @@ from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic_core import to_jsonable_python
 
 from hyperlora import plain_yaml, uris
 from hyperlora.pruning import BudgetPlan, Pruning, ResolvedPruning, Schedule, Score
@@ -651,6 +652,25 @@ def _section_of(location: Sequence[str]) -> type[BaseModel] | None:
             return None
         section = annotation
     return section
+
+
+def default_of(key: str) -> Any:
+    """What a recipe has under a dotted key that it does not name, as JSON has it; None of one that it has to name."""
+    *sections, name = key.split(".")
+    section = _section_of(sections)
+    field = None if section is None else section.model_fields.get(name)
+    if field is None or field.is_required():
+        return None
+    return to_jsonable_python(field.get_default(call_default_factory=True))
+
+
+def parse_recorded(content: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run as it was recorded: on what it ran is nothing to who reads what came of it.
+
+    Raises:
+        RecipeError: as :func:`parse`.
+    """
+    return parse({key: value for key, value in content.items() if key not in ("ray", "cluster")})
 
 
 def _describe(location: Sequence[str]) -> str:

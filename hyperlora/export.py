@@ -192,7 +192,8 @@ def card_facts(trainer: Mapping[str, Any], outcome: Mapping[str, Any] | None = N
     """
     metric, evaluations = trainer["metric"], trainer["evaluations"]
     # Older checkpoints do not say how they pad.
-    facts = {"steps": trainer["step"], "labels": trainer["labels"], "pad_token_id": trainer.get("pad_token_id")}
+    facts = {"steps": trainer["step"], "labels": trainer["labels"]}
+    facts |= {key: trainer.get(key) for key in ("pad_token_id", "reply_end")}
     if outcome is not None:
         return facts | {key: outcome[key] for key in ("metric", "metric_before", "metric_after")}
     if not evaluations or not evaluations[-1]["step"]:
@@ -244,6 +245,7 @@ def model_card(adapter: PlainAdapter, recipe: Recipe, outcome: dict[str, Any]) -
     ranks = [a.shape[0] for a, _ in adapter.pairs.values()]
     rows = [
         ("base model", f"`{recipe.model.path}`" + (f" at `{recipe.model.revision}`" if recipe.model.revision else "")),
+        *([("tokenizer", f"`{recipe.model.tokenizer}`")] if recipe.model.tokenizer else []),
         ("method", recipe.method),
         ("task", f"{recipe.task.kind} on {recipe.data.root or recipe.data.source}"),
         ("ranks", f"{min(ranks)} to {max(ranks)}, {sum(ranks)} in all over {len(ranks)} modules"),
@@ -300,10 +302,10 @@ from transformers import {classes}{imports}
 {config}base = {loader}.from_pretrained({path}{options})
 model = PeftModel.from_pretrained(base, ".")
 ```
-{_reading(recipe)}"""
+{_reading(recipe, outcome.get("reply_end"))}"""
 
 
-def _reading(recipe: Recipe) -> str:
+def _reading(recipe: Recipe, reply_end: str | None) -> str:
     """How the rows were written that it learned from: other prompts are answered worse, and nothing says so."""
     data, task = recipe.data, recipe.task
     if task.kind == "classification":
@@ -314,6 +316,7 @@ def _reading(recipe: Recipe) -> str:
         said = f"texts {_code(data.template)}, each followed by the tokenizer's end token"
     elif task.chat:
         said = "chats: the prompt is the user's turn in the tokenizer's chat template, the completion is the reply"
+        said += f", which ends with {_code(reply_end)}" if reply_end else ""
     else:
         more = "each followed by a space, its completion and the tokenizer's end token"
         said = f"prompts {_code(task.prompt_format)}, {more}"

@@ -50,7 +50,7 @@ def adapted_modules(model: nn.Module, adapter_name: str = "default") -> list[Ada
         ValueError: there is none, one is no linear LoRA layer or adapts several experts, ranks differ between modules,
             or the rank exceeds a dimension of the module it adapts.
     """
-    from peft.tuners.lora import LoraLayer  # takes seconds, and whoever reads a recipe imports this file
+    from peft.tuners.lora import LoraLayer  # takes seconds
 
     found, problems = [], []
     for name, module in model.named_modules():

@@ -44,7 +44,10 @@ def evaluation_fingerprint(recipe: Recipe, outcome: Mapping[str, Any]) -> str:
         held_out = survey(recipe.data, recipe.task.kind, ("eval",))["eval"].sha256
     read = recipe.data.model_dump(include={"text", "text_pair", "label", "prompt", "completion", "template"})
     model = [base_model(recipe)["sha256"], recipe.model.tokenizer, recipe.model.config]
-    return _hash([recipe.task.model_dump(mode="json"), read, held_out, model])
+    task = recipe.task.model_dump(mode="json")
+    if not task["chat"]:
+        del task["chat"]  # older than this field are fingerprints that champions have
+    return _hash([task, read, held_out, model])
 
 
 def base_model(recipe: Recipe) -> dict[str, Any]:

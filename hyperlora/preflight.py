@@ -186,6 +186,14 @@ def _notes(recipe: Recipe, packed: Packed) -> list[str]:
     return found
 
 
+def _chat_notes(task: Task) -> list[str]:
+    end, own = task.reply_end, task.tokenizer.eos_token
+    if end is None or end == own:
+        return []
+    told = f"replies end with {end}, which is not the tokenizer's own end ({own})"
+    return [f"{told}: what serves the adapter has to stop there"]
+
+
 def _decided(optimizer: AdapterOptimizer) -> dict[str, Any]:
     """By the recipe's names, where it has them."""
     rates = {g["name"]: g["lr"] for g in optimizer.param_groups if g.get("name") and g["params"]}
@@ -279,7 +287,7 @@ def inspect(recipe: Recipe, *, resume: bool = False, say: Callable[[str], None] 
         adapter_bytes=adapter_bytes,
         activation_bytes=_activations(recipe, task, model, layers, hidden),
         decided=decided,
-        notes=_notes(recipe, task.packed),
+        notes=_notes(recipe, task.packed) + _chat_notes(task),
     )
 
 

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hyperlora import checkpoint, storage
-from hyperlora.config import Problem, Recipe, RecipeError, flatten
+from hyperlora.config import Problem, Recipe, RecipeError, default_of, flatten
 from hyperlora.ownership import Lease, OwnedElsewhereError
 from hyperlora.storage import patiently
 from hyperlora.training import RunInfo
@@ -33,11 +33,9 @@ FREE = (
     "description",
     "training.checkpoint_every",
     "training.keep_checkpoints",
-    # A place with less memory takes the same rows in more passes.
-    "training.gradient_accumulation",
-    "training.eval_batch_size",
-    "model.gradient_checkpointing",
 )
+# And within a run: a place with less memory takes the same rows in more passes. Trials are compared in memory and time.
+MEMORY = ("training.gradient_accumulation", "training.eval_batch_size", "model.gradient_checkpointing")
 
 
 def new_uri(recipe: Recipe) -> str:
@@ -204,7 +202,7 @@ def unfinished(recipe: Recipe) -> RunInfo:
     _must_be_unfinished(uri)
     content = begun(uri)
     assert content is not None, "it was listed"
-    changed = differences(content["recipe"], recipe)
+    changed = [change for change in differences(content["recipe"], recipe) if change[0] not in MEMORY]
     if changed:
         raise RecipeError([Problem(key, new, f"the run to resume has {old!r}") for key, old, new in changed])
     return RunInfo(uri, content.get("mlflow_run_id"))
@@ -221,6 +219,8 @@ def _must_be_unfinished(uri: str) -> None:
 def differences(recorded: Mapping[str, Any], recipe: Recipe) -> list[tuple[str, Any, Any]]:
     """Fields in which a recipe computes something else than the one recorded in ``run.json``: key, then, now."""
     before, now = flatten(recorded), flatten(recipe.model_dump(mode="json"))
+    # Fields that are newer than the record had their defaults.
+    before = {key: default_of(key) for key in now} | before
     return [
         (key, before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())

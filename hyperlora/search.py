@@ -33,8 +33,8 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from hyperlora import capacity, packed, runs, storage, training, warm_start
-from hyperlora.config import Recipe, RecipeError, StorageConfig, parse
+from hyperlora import packed, runs, storage, training, warm_start
+from hyperlora.config import Recipe, StorageConfig, parse
 from hyperlora.stopping import NonFiniteError, Notice
 from hyperlora.storage import patiently
 from hyperlora.training import RunInfo, Silent, World
@@ -134,10 +134,7 @@ def run(
     settings = recipe.ray.model_copy(update={"num_workers": concurrency, "placement": "PACK"})
     rows = share_rows(recipe)
     with ExitStack() as stack:
-        try:
-            stack.enter_context(cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False))
-        except RecipeError as error:
-            raise RecipeError(capacity.of_trials(error.problems, concurrency)) from error
+        stack.enter_context(cluster(recipe.model_copy(update={"ray": settings}), verbose, dashboard=False))
         notice = stack.enter_context(Notice(interrupts=True))
         if gpus := unused_gpus(recipe):
             unused(gpus)
@@ -198,8 +195,8 @@ def _recorded(
             runs.check_same(trial.uri, trial.recipe)
             found = recorded(trial, sha256)
             if found is not None:
-                if found.status == "failed":
-                    drop_checkpoints(trial.uri)  # its process may have been killed before it did
+                # Its process may have been killed before it did.
+                (keep_networks if found.status == "finished" else drop_checkpoints)(trial.uri)
                 done[trial.name] = found
                 yield found
 

@@ -147,6 +147,7 @@ def _measures(own: Sequence[Record], metric: str) -> dict[str, Any]:
         "parameters": _mean([o["adapter_parameters_final"] for o in outcomes]),
         "rank_final": _mean([o["rank_final"] for o in outcomes]),
         "seconds_per_step": _mean([float(np.mean(o["step_seconds"])) for o in outcomes]),
+        "waited_share": max((o.get("waited_share") or 0.0 for o in outcomes), default=0.0),
         "rank_stability": rank_stability([[m["rank"] for m in o["modules"]] for o in outcomes]),
     }
 
@@ -256,6 +257,7 @@ def _dynamic_rank(
         "typical": mean_interval(every),
         "size_ratio": float(np.mean(sizes)) / reference["parameters"],
         "time_ratio": float(np.mean([p["seconds_per_step"] for p in points])) / reference["seconds_per_step"],
+        "waited_share": max(p["waited_share"] for p in (*points, reference)),
     }
 
 

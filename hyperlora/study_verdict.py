@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hyperlora.effects import show
-from hyperlora.verdict import beyond, change, crashed, difference, number, one_row, untuned, words
+from hyperlora.verdict import BUSY, beyond, change, crashed, difference, number, one_row, untuned, words
 
 #: Claims are made at this level, shared among all of a kind (Bonferroni).
 LEVEL = 0.05
@@ -112,9 +112,17 @@ def _dynamic(result: Mapping[str, Any]) -> str:
         f"{claim}: against {reference['label']} (learning rate {reference['lr']:g}, chosen by training loss), whose "
         f"final adapter is {number(1 / found['size_ratio'])} times as large, the setting that the other seeds chose "
         f"differs by {difference(gap, result['share'])}, and the average point by "
-        f"{difference(found['typical'], result['share'])}; a step takes "
-        f"{change(found['time_ratio'], 'less', 'as much')} time.{_rates(result)}"
+        f"{difference(found['typical'], result['share'])}; {_time(found)}.{_rates(result)}"
     )
+
+
+def _time(found: Mapping[str, Any]) -> str:
+    # Results of earlier versions do not know how long their trials waited.
+    if (share := found.get("waited_share", 0.0)) > BUSY:
+        return (
+            f"the time of a step cannot be told, as trials waited for a processor up to {100 * share:.0f} % of theirs"
+        )
+    return f"a step takes {change(found['time_ratio'], 'less', 'as much')} time"
 
 
 def _rates(result: Mapping[str, Any]) -> str:

@@ -386,7 +386,7 @@ class Trainer:
         self.evaluations: list[dict[str, float]] = []
         self.rank_history: list[tuple[int, int]] = [(0, self.optimizer.live)]
         self.training_seconds = 0.0
-        #: Of the steps of this process: what they took, and how much of that they waited for a processor.
+        #: What the steps took for which it was counted, and how much of that they waited for a processor.
         self._watched, self._waited = 0.0, 0.0
         self.tokens_seen = 0
         self.warm_start: dict[str, Any] | None = None
@@ -693,6 +693,7 @@ class Trainer:
             "method": self.recipe.method,
             "labels": list(self.task.labels),
             "pad_token_id": self.tokenizer.pad_token_id,
+            "reply_end": self.task.reply_end,
             "metric": self.task.metric,
             "higher_is_better": self.task.higher_is_better,
             "metric_before": before.get(self.task.metric),
@@ -790,11 +791,14 @@ class Trainer:
             "metric": self.task.metric,
             "labels": list(self.task.labels),
             "pad_token_id": self.tokenizer.pad_token_id,
+            "reply_end": self.task.reply_end,
             "evaluations": list(self.evaluations),
             "rank_history": list(self.rank_history),
             "monitors": copy.deepcopy(self.monitors.state_dict()),
             "warm_start": self.warm_start,
             "training_seconds": self.training_seconds,
+            "watched": self._watched,
+            "waited": self._waited,
             "tokens_seen": self.tokens_seen,
             "run": asdict(self.run),
             "recipe": self.recipe.model_dump(mode="json"),
@@ -871,6 +875,7 @@ class Trainer:
         self.monitors.load_state_dict(trainer["monitors"])
         self.warm_start = trainer["warm_start"]
         self.training_seconds = trainer["training_seconds"]
+        self._watched, self._waited = (trainer.get(key, 0.0) for key in ("watched", "waited"))
         self.tokens_seen = trainer["tokens_seen"]
 
 

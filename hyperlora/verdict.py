@@ -213,7 +213,7 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
     sentences = []
     if busy(result):
         sentences.append(
-            f"Times say little: others were at work on the machine, and trials waited for a processor up to "
+            f"Times say little: others, or more trials than processors, were at work, and trials waited for one up to "
             f"{100 * (waited_share(result) or 0):.0f} % of their time."
         )
     at_edge = [c for c in result["contestants"] if c["edge"] is not None and c["best_lr"] is not None]

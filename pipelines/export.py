@@ -12,7 +12,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 
 from hyperlora import checkpoint, export, runs, storage, uris
-from hyperlora.config import Problem, RecipeError, parse
+from hyperlora.config import Problem, RecipeError, parse_recorded
 from hyperlora.export import CARD, CONFIG, FILES, RECORD, TENSORS, PlainAdapter
 from hyperlora.storage import patiently
 from pipelines import screens
@@ -131,7 +131,7 @@ def _of_checkpoint(saved: checkpoint.Checkpoint, outcome: Mapping[str, Any] | No
     """
     try:
         adapter, trainer = export.from_checkpoint(saved), saved.trainer
-        recipe, facts = parse(trainer["recipe"]), export.card_facts(trainer, outcome)
+        recipe, facts = parse_recorded(trainer["recipe"]), export.card_facts(trainer, outcome)
         step, run_id = trainer["step"], trainer["run"]["mlflow_run_id"]
     except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}"

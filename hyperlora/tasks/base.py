@@ -33,6 +33,7 @@ class Task(ABC):
             what else the metric needs.
         train, held_out: tokenised rows, mapped into memory.
         packed: where they lie, and their counts.
+        reply_end: the token that ends a reply of a chat; None for what is no chat.
     """
 
     metric: str
@@ -43,6 +44,7 @@ class Task(ABC):
     train: Dataset
     held_out: Dataset
     packed: Packed
+    reply_end: str | None = None
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] = ()) -> None:
         self.recipe, self.tokenizer, self.labels = recipe, tokenizer, labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -11,6 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from hyperlora.config import Problem, Recipe, RecipeError, first_line
 from hyperlora.tasks.base import IGNORED, TOKENS, Batch, Task, next_token_loss_sum
+
+#: Comes before a chat template: one that writes a date writes Llama's own, which it has where it knows none. The same
+#: rows are the same tokens tomorrow.
+UNDATED = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"
+
+
+def _no_chat(why: str) -> RecipeError:
+    return RecipeError([Problem("task.chat", True, f"true for a tokenizer with a chat template: {why}")])
 
 
 class Completion(Task):
@@ -28,7 +37,7 @@ class Completion(Task):
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] = ()) -> None:
         super().__init__(recipe, tokenizer, labels)
         if recipe.task.chat:
-            self._turns("Hello", "Hello")
+            self.reply_end = self._end_of(self._turns("Hello", "Hello")[1])
 
     def encode(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
         return self._encoded(*self._tokenized(rows))
@@ -56,21 +65,28 @@ class Completion(Task):
             "cut": [len(p) + len(c) > most for p, c in zip(prompts, completions, strict=True)],
         }
 
+    def _end_of(self, reply: str) -> str:
+        """The token that ends a turn, which is not always the tokenizer's own: base models have another one."""
+        special = {*self.tokenizer.all_special_ids}
+        special |= {n for n, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        ids = self.tokenizer([reply], add_special_tokens=False)["input_ids"][0]
+        end = next((n for n in ids if n in special), None)
+        if end is None:
+            raise _no_chat("in this one's no special token ends a reply")
+        return str(self.tokenizer.convert_ids_to_tokens(end))
+
     def _turns(self, prompt: str, completion: str) -> tuple[str, str]:
         """The user's turn with the beginning of the reply, and the rest of the reply."""
-
-        def refused(allowed: str) -> RecipeError:
-            return RecipeError([Problem("task.chat", True, f"true for a tokenizer with a chat template: {allowed}")])
-
         asked = [{"role": "user", "content": prompt}]
         answered = [*asked, {"role": "assistant", "content": completion}]
         try:
-            start = str(self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
-            whole = str(self.tokenizer.apply_chat_template(answered, tokenize=False))
+            template = UNDATED + self.tokenizer.get_chat_template()
+            written = partial(self.tokenizer.apply_chat_template, chat_template=template, tokenize=False)
+            start, whole = str(written(asked, add_generation_prompt=True)), str(written(answered))
         except Exception as error:  # a chat template is a program
-            raise refused(first_line(error)) from error
+            raise _no_chat(first_line(error)) from error
         if not whole.startswith(start):
-            raise refused("in this one's a reply does not begin as it is asked for")
+            raise _no_chat("in this one's a reply does not begin as it is asked for")
         return start, whole[len(start) :]
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -67,6 +67,8 @@ class Generation(Completion):
         inherited = base.generation_config
         own = inherited.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        if self.reply_end is not None:
+            ends.add(self.tokenizer.convert_tokens_to_ids(self.reply_end))
         greedy = GenerationConfig(
             max_new_tokens=self.recipe.task.max_new_tokens,
             do_sample=False,

@@ -233,6 +233,12 @@ def test_what_makes_two_metrics_comparable(tmp_path: Path, changes: dict[str, An
     assert (first == second) is comparable
 
 
+def test_a_champion_that_is_older_than_a_field_of_the_task_stays_comparable(tmp_path: Path) -> None:
+    recipe = parse(small_recipe(tmp_path))
+    before_task_chat = "a3de09f2afd17dd9"
+    assert evaluation_fingerprint(recipe, {"rows_sha256": {"train": "a", "eval": "b"}}) == before_task_chat
+
+
 def test_metrics_on_rows_that_have_changed_since_are_not_compared(tmp_path: Path) -> None:
     recipe = parse(small_recipe(tmp_path) | {"model": {"path": "builtin:storylm"}})
     first, same, other = (

@@ -89,6 +89,16 @@ def test_killed_run_resumes_to_the_same_adapter(recipe_file: Path, changes: tupl
     assert adapters_equal(whole["adapter"], resumed["adapter"])
 
 
+def test_a_run_that_is_older_than_a_field_goes_on(recipe_file: Path) -> None:
+    whole = run(recipe_file)
+    kill_after_a_checkpoint(recipe_file)
+    (record,) = [f for f in recipe_file.parent.glob("runs/*/run.json") if not (f.parent / "result.json").exists()]
+    content = json.loads(record.read_text())
+    del content["recipe"]["task"]["chat"]
+    record.write_text(json.dumps(content))
+    assert run(recipe_file, "--resume")["loss_last"] == whole["loss_last"]
+
+
 def test_a_killed_run_goes_on_with_less_memory(recipe_file: Path) -> None:
     whole = run(recipe_file)
     kill_after_a_checkpoint(recipe_file)

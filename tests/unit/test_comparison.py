@@ -325,7 +325,7 @@ def test_times_of_trials_beside_others_are_no_times(share: float | None, told: b
     text = result["verdict"]
     assert ("10 % more time" in text) == ("1.10 times the time per step" in text) == told
     assert ("is not met: its time per step cannot be told." in text) == (not told)
-    assert ("trials waited for a processor up to 63 % of their time" in text) == (not told)
+    assert ("trials waited for one up to 63 % of their time" in text) == (not told)
     assert ("waited for a processor" in comparison_page(result)) == (share is not None)
 
 

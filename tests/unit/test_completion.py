@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hyperlora.adapters import load_tokenizer
 from hyperlora.config import RecipeError, parse
+from hyperlora.preflight import _chat_notes
 from hyperlora.tasks.completion import Completion
 from hyperlora.tasks.generation import Generation
 from pipelines.common import load_recipe
@@ -80,6 +84,50 @@ def test_tokenizers_that_cannot_chat_are_refused(template: str | None, why: str)
         completion("task.chat=true", template=template)
     assert "task.chat: got True; true for a tokenizer with a chat template: " in str(refused.value)
     assert why in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["completion", "generation"])
+def test_replies_end_as_the_template_says_and_generation_stops_there(kind: str) -> None:
+    task = completion("task.chat=true", kind=kind, template=CHAT.replace("</s>", "<pad>\n"))
+    assert task.reply_end == "<pad>" != task.tokenizer.eos_token
+    assert learned(task, ROWS[:1]) == ["Two #### 2<pad>\n"]
+    end = task.tokenizer.convert_tokens_to_ids("<pad>")
+    assert _chat_notes(task) == [
+        "replies end with <pad>, which is not the tokenizer's own end (</s>): what serves the adapter has to stop there"
+    ]
+    assert _chat_notes(completion("task.chat=true", kind=kind, template=CHAT)) == []
+    if kind == "generation":
+        columns = task.encode(ROWS[:1])
+        row = {name: values[0] for name, values in columns.items()}
+        model = Ending()
+        task.metric_sums(model, [row], torch.device("cpu"))
+        assert end in model.stops
+
+
+class Ending(nn.Module):
+    """Takes note of where it is told to stop."""
+
+    generation_config = GenerationConfig()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 1024))
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig) -> Tensor:
+        self.stops = generation_config.eos_token_id
+        return input_ids
+
+
+def test_a_template_without_an_end_is_refused() -> None:
+    with pytest.raises(RecipeError, match="no special token ends a reply"):
+        completion("task.chat=true", template=CHAT.replace("</s>", "\n"))
+
+
+def test_a_template_with_a_date_gives_the_same_rows_on_every_day() -> None:
+    dated = "{%- if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    dated += "{{ date_string }} {{ strftime_now('%H') }}" + CHAT
+    (ids,) = completion("task.chat=true", template=dated).encode(ROWS[:1])["input_ids"]
+    text = tokenizer().decode(ids)
+    assert text.startswith("26 Jul 2024 26 Jul 2024<user>")
 
 
 def test_what_a_chat_has_no_use_for_is_refused() -> None:

@@ -313,7 +313,11 @@ def test_a_card_tells_of_singular_values_where_there_were_any(
             ["task.kind=language-modeling", 'data.template="{prompt}: {completion}"'],
             "Trained on texts `'{prompt}: {completion}'`, each followed by the tokenizer's end token.",
         ),
-        (["task.chat=true"], "Trained on chats: the prompt is the user's turn in the tokenizer's chat template, "),
+        (
+            ["task.chat=true", "model.tokenizer=some/instruct"],
+            "Trained on chats: the prompt is the user's turn in the tokenizer's chat template, the completion is the "
+            "reply, which ends with `'<|im_end|>'`.",
+        ),
         (
             ["task.kind=completion", 'task.prompt_format="{prompt}?"'],
             "Trained on prompts `'{prompt}?'`, each followed by a space, its completion and the tokenizer's end token.",
@@ -328,10 +332,12 @@ def test_a_card_tells_of_singular_values_where_there_were_any(
 def test_a_card_tells_how_the_rows_were_written(
     adapter: export.PlainAdapter, changes: list[str], expected: str | None
 ) -> None:
-    card = export.model_card(adapter, load_recipe("quickstart", changes), {"steps": 5, "labels": []})
+    facts = {"steps": 5, "labels": [], "reply_end": "<|im_end|>"}
+    card = export.model_card(adapter, load_recipe("quickstart", changes), facts)
     found = [line for line in card.splitlines() if line.startswith("Trained on")]
     assert len(found) == (expected is not None)
     assert all(line.startswith(str(expected)) for line in found)
+    assert ("| tokenizer | `some/instruct` |" in card) == ("model.tokenizer=some/instruct" in changes)
 
 
 @pytest.mark.usefixtures("hub")

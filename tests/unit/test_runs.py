@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hyperlora import runs
-from hyperlora.config import Recipe
+from hyperlora.config import Recipe, RecipeError, parse, parse_recorded
 from hyperlora.training import RunInfo
 from pipelines.common import load_recipe
 
@@ -51,3 +51,21 @@ def test_runs_of_other_names_do_not_count(tmp_path: Path) -> None:
         (tmp_path / other).mkdir()
     today = datetime.now(UTC)
     assert start(recipe) < f"quickstart-{today.year + 1}"
+
+
+def test_what_came_of_a_run_is_read_whatever_it_ran_on() -> None:
+    recipe = load_recipe("quickstart", [])
+    recorded = recipe.model_dump(mode="json")
+    recorded["ray"]["gpus_per_worker"] = 2  # allowed once
+    assert parse_recorded(recorded).data == recipe.data
+    with pytest.raises(RecipeError, match=r"ray\.gpus_per_worker: got 2"):
+        parse(recorded)
+
+
+def test_a_field_that_is_newer_than_the_record_had_its_default() -> None:
+    recipe = load_recipe("quickstart", ["task.kind=completion"])
+    recorded = recipe.model_dump(mode="json")
+    del recorded["task"]["chat"]
+    assert runs.differences(recorded, recipe) == []
+    chats = load_recipe("quickstart", ["task.kind=completion", "task.chat=true"])
+    assert runs.differences(recorded, chats) == [("task.chat", False, True)]

@@ -105,10 +105,10 @@ def test_a_part_of_an_evaluation_tells_how_long_it_takes(monkeypatch: pytest.Mon
         time.sleep(0.01 * rows[-1])
 
     monkeypatch.setattr(Trainer, "evaluate", evaluated)
-    found = probe(load_recipe("quickstart", ["training.eval_batch_size=10"]), [])
-    assert rows == [20]
+    found = probe(load_recipe("quickstart", ["training.eval_batch_size=11"]), [])
+    assert rows == [11, 22]
     assert found is not None
-    assert found.evaluation > 0.01 * 200
+    assert found.evaluation == pytest.approx(0.01 * 200, rel=0.5)
 
 
 def test_without_a_gpu_the_time_on_one_is_not_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -628,6 +628,28 @@ def test_a_finished_trial_keeps_the_hypernetworks_that_others_start_from(
         tuning.train_trial(RunInfo(made.uri))
     assert not with_checkpoints(tmp_path)
     assert warm_start.read(made.uri).steps == 2
+
+
+def test_a_planned_trial_that_was_killed_after_its_result_keeps_its_hypernetworks(tmp_path: Path) -> None:
+    words = ["ray.num_workers=1", "data.train_rows=64", "data.eval_rows=8", "training.steps=2"]
+    made = Trial("one", f"{tmp_path}/trials/one", load_recipe("quickstart", words))
+    runs.record(RunInfo(made.uri), made.recipe)
+    train(made.recipe, RunInfo(made.uri))
+    assert with_checkpoints(tmp_path) == {"one"}
+    (found,) = search.run(lambda done: [made], made.recipe, concurrency=1)
+    assert found.status == "finished"
+    assert not with_checkpoints(tmp_path)
+    assert warm_start.read(made.uri).steps == 2
+
+
+def test_trials_of_one_folder_have_the_same_passes(tmp_path: Path) -> None:
+    """Their memory and time are compared."""
+    recipe = load_recipe("quickstart", [])
+    runs.record(RunInfo(str(tmp_path / "one")), recipe)
+    runs.check_same(str(tmp_path / "one"), recipe)
+    other = load_recipe("quickstart", ["training.gradient_accumulation=4"])
+    with pytest.raises(RecipeError, match=r"training\.gradient_accumulation: got 4"):
+        runs.check_same(str(tmp_path / "one"), other)
 
 
 @pytest.mark.parametrize(

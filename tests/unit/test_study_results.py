@@ -259,6 +259,15 @@ def test_where_the_learning_rate_is_searched_the_verdict_names_none() -> None:
     assert "recipe's learning rate" not in text
 
 
+@pytest.mark.parametrize(("share", "told"), [(None, True), (0.04, True), (0.63, False)])
+def test_times_of_trials_beside_others_are_no_times(share: float | None, told: bool) -> None:
+    records = [point(n, seed, planted(v, seed)) for seed in SEEDS for n, v in enumerate(GRID)]
+    records += [lora(0, 0.1), *(lora(seed, 0.7, waited_share=share) for seed in SEEDS)]
+    text = analyse(records, plan())["verdict"]
+    assert ("; a step takes as much time." in text) == told
+    assert ("cannot be told, as trials waited for a processor up to 63 % of theirs." in text) == (not told)
+
+
 def test_whether_dynamic_rank_pays() -> None:
     worse = study(planted, reference=0.9)["verdict"]
     assert "Dynamic rank does not pay on this task" in worse
