@@ -33,6 +33,7 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import AuthenticationError, RayActorError, RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Empty, Queue
@@ -129,6 +130,11 @@ class _Trainer(TorchTrainer):
 
     controller: ActorHandle | None = None
 
+    def _create_default_callbacks(self) -> list[Any]:
+        found = super()._create_default_callbacks()  # type: ignore[misc]  # of version 2
+        # It starts a process that hands out Ray's data sets, of which a run has none.
+        return [callback for callback in found if not isinstance(callback, DatasetsCallback)]
+
     def _register_sigint_handler(self, controller: ActorHandle) -> None:
         self.controller = controller
         super()._register_sigint_handler(controller)  # type: ignore[misc]  # of version 2
@@ -214,9 +220,12 @@ def cluster(recipe: Recipe, verbose: bool, *, dashboard: bool = True) -> Iterato
                     ray.init(address=address, **shown)
             except (OSError, ValueError, RuntimeError, RayError) as error:
                 raise _unreachable(address, error) from error
+    # The one machine of a Ray that is started here goes with this process: nobody has to announce it.
+    alone = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"} if mine and recipe.ray.address is None else {}
     try:
         _check_resources(recipe, trials=not dashboard)
-        yield
+        with changed(alone):
+            yield
     finally:
         if mine:
             ray.shutdown()

@@ -24,13 +24,22 @@ from pipelines import screens
 from pipelines.cli import main
 
 
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    server = Server(tmp_path)
-    server.start()
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
     yield server
     server.stop()
+
+
+@pytest.fixture
+def server(one_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A server that runs and has no run."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    one_server.start()
+    client = MlflowClient(one_server.uri)
+    for run in client.search_runs(["0"]):
+        client.delete_run(run.info.run_id)
+    return one_server
 
 
 def history(server: Server, run_id: str, key: str) -> list[tuple[int, float]]:
