@@ -89,8 +89,8 @@ def waited_share(result: Mapping[str, Any]) -> float | None:
 
 
 def busy(result: Mapping[str, Any]) -> bool:
-    """Whether others were at work beside the trials, so that times say little."""
-    return (waited_share(result) or 0.0) > BUSY
+    """Whether others were at work beside the trials, so that times say little; older results say so under ``times``."""
+    return "times" in result or (waited_share(result) or 0.0) > BUSY
 
 
 def shortfalls(c: Contestant, result: Mapping[str, Any]) -> list[str]:
@@ -212,10 +212,9 @@ def _held_out(rivals: Sequence[Contestant], result: Mapping[str, Any], key: str,
 def _warnings(result: Mapping[str, Any]) -> list[str]:
     sentences = []
     if busy(result):
-        sentences.append(
-            f"Times say little: others, or more trials than processors, were at work, and trials waited for one up to "
-            f"{100 * (waited_share(result) or 0):.0f} % of their time."
-        )
+        counted = "others, or more trials than processors, were at work, and trials waited for one up to "
+        counted += f"{100 * (waited_share(result) or 0):.0f} % of their time"
+        sentences.append(f"Times say little: {result.get('times', counted)}.")
     at_edge = [c for c in result["contestants"] if c["edge"] is not None and c["best_lr"] is not None]
     if at_edge:
         rates = "; ".join(f"{c['label']} (the {c['edge']}est, {c['best_lr']:g})" for c in at_edge)

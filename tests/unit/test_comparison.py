@@ -329,6 +329,12 @@ def test_times_of_trials_beside_others_are_no_times(share: float | None, told: b
     assert ("waited for a processor" in comparison_page(result)) == (share is not None)
 
 
+def test_what_an_older_result_says_of_its_times() -> None:
+    result = field(lambda s: decay(1.5), step_seconds=0.11) | {"times": "tests ran beside"}
+    assert "not met: its time per step cannot be told." in (text := verdict(result))
+    assert text.count("Times say little: tests ran beside.") == 1
+
+
 def test_verdict_on_a_small_gain_a_tie_and_a_loser() -> None:
     small = field(lambda s: decay(1.1))["verdict"]
     assert "is not met: it takes 9" in small
