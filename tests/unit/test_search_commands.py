@@ -342,12 +342,10 @@ def test_planned_trials_ask_for_the_accelerator_of_the_recipe_and_for_no_placeme
         "accelerator_type": "L4",
     }
 
-    @contextmanager
-    def too_small(recipe: Recipe, *arguments: Any, **options: Any) -> Iterator[None]:
-        raise RecipeError(capacity.problems(recipe.ray, [Node({"CPU": 2, "GPU": 1, "accelerator_type:L4": 1})]))
-        yield
-
-    monkeypatch.setattr(search, "cluster", too_small)
+    small = [Node({"CPU": 2, "GPU": 1, "accelerator_type:L4": 1})]
+    monkeypatch.setattr(distributed, "living", lambda: small)
+    monkeypatch.setattr(search, "cluster", distributed.cluster)
+    monkeypatch.setattr(distributed.ray, "is_initialized", lambda: True)
     with pytest.raises(RecipeError, match="--concurrency: got 3; the number of trials at a time, one worker each: 3 "):
         next(search.run(lambda done: planned, recipe, 3))
 
