@@ -194,3 +194,9 @@ def of_trials(found: Sequence[Problem], concurrency: int) -> list[Problem]:
     """What :func:`problems` has found where workers are trials of one process: nobody has typed how many workers."""
     text = "the number of trials at a time, one worker each: "
     return [Problem("--concurrency", concurrency, text + p.allowed) if isinstance(p, TooMany) else p for p in found]
+
+
+def told(settings: RayConfig, nodes: Sequence[Node], growth: Growth | None = None, *, trials: bool) -> list[Problem]:
+    """:func:`problems` as one is told them who asked for workers, or for ``trials``: see :func:`of_trials`."""
+    found = problems(settings, nodes, growth)
+    return of_trials(found, settings.fewest) if trials else found

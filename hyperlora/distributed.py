@@ -327,18 +327,13 @@ def growth() -> Growth | None:
 
 def _check_resources(recipe: Recipe, *, trials: bool) -> None:
     nodes = living()
-
-    def found(limit: Growth | None = None) -> list[Problem]:
-        problems = capacity.problems(recipe.ray, nodes, limit)
-        return capacity.of_trials(problems, recipe.ray.fewest) if trials else problems
-
-    problems = found()
+    problems = capacity.told(recipe.ray, nodes, trials=trials)
     if problems and capacity.may_grow(nodes):
         limit = growth()
         if limit is None:
             logger.warning("waiting for nodes that an autoscaler adds: %s", "; ".join(map(str, problems)))
             return
-        problems = found(limit)
+        problems = capacity.told(recipe.ray, nodes, limit, trials=trials)
     if problems:
         raise RecipeError(problems)
 

@@ -131,19 +131,14 @@ def _check_room(
         RecipeError: it cannot, and no autoscaler adds enough to it.
     """
     nodes = jobs.nodes(address)
-
-    def found(growth: capacity.Growth | None = None) -> list[Problem]:
-        problems = capacity.problems(settings, nodes, growth)
-        return capacity.of_trials(problems, settings.fewest) if planned else problems
-
-    problems = found()
+    problems = capacity.told(settings, nodes, trials=planned)
     if not problems:
         return
     if not capacity.may_grow(nodes):
         raise RecipeError(problems)
     with console.status("asking what the cluster's autoscaler adds"):
         growth = jobs.growth(client, job)
-    if growth is not None and (beyond := found(growth)):
+    if growth is not None and (beyond := capacity.told(settings, nodes, growth, trials=planned)):
         raise RecipeError(beyond)
     for problem in problems:
         console.print(Text(f"the job waits for nodes that an autoscaler adds: {problem}", "yellow"), soft_wrap=True)

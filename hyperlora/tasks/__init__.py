@@ -25,7 +25,7 @@ from hyperlora.tasks.language_modeling import LanguageModeling
 
 __all__ = ["FAMILIES", "Task", "build_task"]
 
-FAMILIES: dict[str, type[Classification] | type[Completion] | type[LanguageModeling]] = {
+FAMILIES: dict[str, type[Classification] | type[LanguageModeling]] = {
     "generation": Generation,
     "classification": Classification,
     "completion": Completion,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hyperlora.config import Problem, Recipe, RecipeError, first_line
-from hyperlora.tasks.base import IGNORED, TOKENS, Batch, Task, next_token_loss_sum
+from hyperlora.tasks.base import IGNORED
+from hyperlora.tasks.language_modeling import LanguageModeling
 
 #: Comes before a chat template: one that writes a date writes Llama's own, which it has where it knows none. The same
 #: rows are the same tokens tomorrow.
@@ -22,17 +20,12 @@ def _no_chat(why: str) -> RecipeError:
     return RecipeError([Problem("task.chat", True, f"true for a tokenizer with a chat template: {why}")])
 
 
-class Completion(Task):
+class Completion(LanguageModeling):
     """Next-token loss on the completion alone; metric: mean held-out loss in nats per token (lower is better).
 
     Raises:
         RecipeError: ``task.chat`` for a tokenizer without a chat template, or with one that cannot say a reply alone.
     """
-
-    metric = "held_out_loss"
-    higher_is_better = False
-
-    columns = pa.schema([("input_ids", TOKENS), ("labels", TOKENS), ("weight", pa.int32())])
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] = ()) -> None:
         super().__init__(recipe, tokenizer, labels)
@@ -88,9 +81,3 @@ class Completion(Task):
         if not whole.startswith(start):
             raise _no_chat("in this one's a reply does not begin as it is asked for")
         return start, whole[len(start) :]
-
-    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        return next_token_loss_sum(model, batch)
-
-    def metric_value(self, sums: Sequence[float]) -> float:
-        return sums[0] / sums[1]
