@@ -16,7 +16,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from hyperlora import checkpoint, storage
+from hyperlora import checkpoint, storage, uris
 from hyperlora.config import Problem, Recipe, RecipeError, default_of, flatten
 from hyperlora.ownership import Lease, OwnedElsewhereError
 from hyperlora.storage import patiently
@@ -43,7 +43,7 @@ def new_uri(recipe: Recipe) -> str:
 
     A clock that was set back gives the time of the newest run once more: names are the order of runs.
     """
-    base = storage.absolute(recipe.storage.uri)
+    base = uris.absolute(recipe.storage.uri)
     places = [_place(folder, recipe.name) for folder in patiently(storage.glob, base, f"{recipe.name}-*")]
     newest, number = max(filter(None, places), default=("", 0))
     now = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
@@ -190,7 +190,7 @@ def unfinished(recipe: Recipe) -> RunInfo:
         RecipeError: there is none, it is finished, its end is damaged, or its recipe differs in what it computes.
         StorageError: the store does not answer.
     """
-    base = storage.absolute(recipe.storage.uri)
+    base = uris.absolute(recipe.storage.uri)
     found = patiently(storage.glob, base, f"{recipe.name}-*/run.json")
     names = [path.removesuffix("/run.json") for path in found]
     places = {name: place for name in names if (place := _place(name, recipe.name)) is not None}

@@ -26,7 +26,6 @@ import fsspec
 from fsspec import AbstractFileSystem
 
 from hyperlora.uris import AZURE, GCS, S3
-from hyperlora.uris import absolute as absolute  # for whoever has the stores as well
 
 logger = logging.getLogger(__name__)
 

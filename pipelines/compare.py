@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from hyperlora import storage, tracking
+from hyperlora import tracking, uris
 from hyperlora.comparison import analyse, final_loss
 from hyperlora.config import Problem, Recipe, RecipeError, first_line
 from hyperlora.field import Contestant, Entry, planned, rate, read_field, resolve
@@ -164,7 +164,7 @@ def resolved(args: Namespace) -> Comparison:
     assert recipe is not None
     assert field is not None
     suffix = "" if args.field == "default" else f"-{path.stem}"
-    out = storage.absolute(args.out or f"{recipe.storage.uri}/compare-{recipe.name}{suffix}")
+    out = uris.absolute(args.out or f"{recipe.storage.uri}/compare-{recipe.name}{suffix}")
     command = command_line(args, "field", "only", "lrs", "seeds", "concurrency", "out")
     return Comparison(recipe, contestants, field.baseline, rates, seeds, concurrency, out, command)
 

@@ -49,8 +49,8 @@ def main(args: Namespace, console: Console) -> int:
     ]
     if wrong:
         raise RecipeError(wrong)
-    source = find(storage.absolute(args.source), console)
-    target = storage.absolute(args.folder)
+    source = find(uris.absolute(args.source), console)
+    target = uris.absolute(args.folder)
     check_new_folder("DIR", target)
     adapter = source.adapter
     if args.uniform_rank:

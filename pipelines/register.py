@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from hyperlora import candidates, registry, storage, uris
+from hyperlora import candidates, registry, uris
 from hyperlora.config import MLflowConfig, Problem, RecipeError
 from hyperlora.export import CARD, FILES
 from hyperlora.fingerprint import base_model, evaluation_fingerprint
@@ -35,7 +35,7 @@ def main(args: Namespace, console: Console) -> int:
             problems.append(Problem("--non-inferior", args.non_inferior, "a number, at least 0, in the metric's unit"))
     if problems:
         raise RecipeError(problems)
-    source = storage.absolute(args.source)
+    source = uris.absolute(args.source)
     candidate = candidates.best(source, args.metric, margin)
     recipe = candidate.recipe
     mlflow = recipe.mlflow.model_copy(update={"tracking_uri": args.tracking_uri or recipe.mlflow.tracking_uri})
@@ -80,7 +80,7 @@ def pull(args: Namespace, console: Console) -> int:
     """Write a registered adapter into a folder; returns the exit status."""
     if problems := _places(("DIR", args.folder)):
         raise RecipeError(problems)
-    folder = storage.absolute(args.folder)
+    folder = uris.absolute(args.folder)
     check_new_folder("DIR", folder)
     uri = args.tracking_uri or _default()
     with console.status("fetching"):

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from hyperlora import storage, tracking
+from hyperlora import tracking, uris
 from hyperlora.config import METHODS, Problem, Recipe, RecipeError
 from hyperlora.field import Entry, planned, rate
 from hyperlora.fingerprint import data_fingerprint, recipe_fingerprint
@@ -196,7 +196,7 @@ def resolved(args: Namespace) -> Options:
         raise RecipeError(problems)
     assert recipe is not None
     assert space is not None
-    out = storage.absolute(args.out or f"{recipe.storage.uri}/study-{recipe.name}-{space.name}")
+    out = uris.absolute(args.out or f"{recipe.storage.uri}/study-{recipe.name}-{space.name}")
     options = ("space", "seeds", "design", "points", "metric", "lora-lrs", "concurrency", "out")
     return Options(
         recipe=trial_recipe(recipe),

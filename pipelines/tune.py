@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from hyperlora import storage, tuning
+from hyperlora import tuning, uris
 from hyperlora.config import METHODS, Problem, Recipe, RecipeError
 from hyperlora.preflight import Estimate, inspect
 from hyperlora.sampling import SAMPLERS, Objective, Proposals, Searched
@@ -194,7 +194,7 @@ def resolved(args: Namespace) -> Options:
     if prunes and any(o.name == "rank_final" for o in objectives) and KEPT_RANK.key not in keys:
         space = space.model_copy(update={"parameters": (*space.parameters, KEPT_RANK)})
     shown = ("space", "trials", "sampler", "metric", "objectives", "stop-on", "evaluations", "seed", "workers")
-    out = storage.absolute(args.out or f"{recipe.storage.uri}/tune-{recipe.name}-{space.name}")
+    out = uris.absolute(args.out or f"{recipe.storage.uri}/tune-{recipe.name}-{space.name}")
     return Options(
         recipe=trial_recipe(recipe, workers),
         tracked=recipe,

@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from hyperlora import storage
+from hyperlora import uris
 from hyperlora.config import Recipe
 from hyperlora.packed import LAYOUT, fetch, obtain, write
 from hyperlora.tasks.base import Task
@@ -40,7 +40,7 @@ SETTINGS = ("truncation_side", "split_special_tokens", "model_input_names", "cha
 
 def shared_rows(recipe: Recipe) -> str:
     """Where a recipe's tokenised rows lie for workers on other machines."""
-    return f"{storage.absolute(recipe.storage.uri)}/rows"
+    return f"{uris.absolute(recipe.storage.uri)}/rows"
 
 
 def build_task(

@@ -61,7 +61,7 @@ def test_nothing_is_written_where_it_does_not_stay(uri: str) -> None:
 
 
 def test_a_home_folder_is_that() -> None:
-    assert storage.absolute("~/runs") == str(Path.home() / "runs")
+    assert uris.absolute("~/runs") == str(Path.home() / "runs")
 
 
 def test_a_missing_package_is_named() -> None:
